@@ -1,0 +1,1 @@
+"""From an artifact to streamed tokens. Imports neither torch nor onnx."""
