@@ -1,0 +1,153 @@
+"""The compiler's front door: a checkpoint and a recipe in, an artifact out."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from dsopt.compiler import package
+from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.export import export
+from dsopt.compiler.models import find_family
+from dsopt.compiler.passes import CLEAN, pipeline
+from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
+from dsopt.compiler.recipe import Recipe
+from dsopt.compiler.roles import find_linears
+from dsopt.compiler.weights import Weight
+from dsopt.runtime.artifact import Manifest
+from dsopt.runtime.errors import DsoptError
+
+Notify = Callable[[str], None]
+_MADE_WITH = ("dsopt", "torch", "onnx_ir", "onnxscript")
+_DERIVED = ("rotary_emb.inv_freq",)  # some checkpoints store what the config already says
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model ready to be written: the rewritten graph, its weights still unread, and its manifest so far."""
+
+    model: ir.Model
+    manifest: Manifest
+    files: Mapping[str, bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights on disk."""
+        return package.stored_bytes(self.model)
+
+
+def plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+    """Export and rewrite, computing no weight. Raises DsoptError on a model that is not supported."""
+    family = find_family(checkpoint.config.get("model_type"))
+    config = family.Config.from_dict(checkpoint.config)
+    model = export(family.Model, config)
+    if config.tie_word_embeddings:
+        TieEmbeddings()(model)
+    _bind_weights(model, checkpoint, tied=config.tie_word_embeddings)
+    passes = pipeline(recipe)
+    for step in passes[: len(CLEAN)]:
+        step(model)
+    nodes = _describe_linears(model, recipe)
+    for step in passes[len(CLEAN) :]:
+        step(model)
+    manifest = _manifest(checkpoint, config, recipe, nodes)
+    return Plan(model, manifest, {**checkpoint.files, "genai_config.json": package.genai_config(manifest)})
+
+
+def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) -> Manifest:
+    """Compute the weights and write them to a new directory, which then takes the place of `out`."""
+    package.check_free_space(out, plan.nbytes)
+    with package.written_aside(out) as aside:
+        package.write_graph(plan.model, aside, progress)
+        package.write_texts(aside, plan.files)
+        manifest = dataclasses.replace(plan.manifest, files=package.describe_files(aside))
+        package.seal(aside, manifest)
+    package.remember_hashes(out, manifest)
+    return manifest
+
+
+def _bind_weights(model: ir.Model, checkpoint: Checkpoint, *, tied: bool) -> None:
+    """Give each weight of the graph its tensor; every tensor of the checkpoint must have found its place."""
+    unused = set(checkpoint.tensors) - {"lm_head.weight"} if tied else set(checkpoint.tensors)
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            continue
+        tensor = checkpoint.tensors.get(name)
+        if tensor is None:
+            raise DsoptError(f"{checkpoint.source.path}: tensor {name} is missing")
+        if value.shape is None or tuple(value.shape) != tensor.shape:
+            raise DsoptError(
+                f"{checkpoint.source.path}: tensor {name} is {list(tensor.shape)}, config.json says {value.shape}"
+            )
+        value.const_value = Weight(tensor, name)
+        unused.discard(name)
+    if left := sorted(name for name in unused if not name.endswith(_DERIVED)):
+        raise DsoptError(
+            f"{checkpoint.source.path}: tensors that this model type does not have: {', '.join(left[:3])}"
+            f"{f' and {len(left) - 3} more' * (len(left) > 3)}"
+        )
+
+
+def _describe_linears(model: ir.Model, recipe: Recipe) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": "lm_head" if linear.role == "head" else linear.name,
+            "role": linear.role,
+            "layer": linear.layer,
+            "shape": list(linear.size),
+            "format": str(recipe.format(linear.role)),
+            "bytes": recipe.format(linear.role).nbytes(*linear.size),
+        }
+        for linear in find_linears(model.graph)
+    ]
+
+
+def _manifest(checkpoint: Checkpoint, config: Any, recipe: Recipe, nodes: list[dict[str, Any]]) -> Manifest:
+    source = checkpoint.source
+    bos, eos = _token_ids(checkpoint, config.vocab_size)
+    return Manifest(
+        name=source.name,
+        recipe=recipe.text,
+        target="cpu",
+        family=str(checkpoint.config["model_type"]),
+        source={"kind": source.kind, "name": source.name, "sha256": source.sha256},
+        model={
+            "layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "vocab_size": config.vocab_size,
+            "context_length": config.max_position_embeddings,
+            "parameters": sum(_size(tensor.shape) for tensor in checkpoint.tensors.values()),
+        },
+        bos=bos,
+        eos=eos,
+        nodes=tuple(nodes),
+        files={},
+        versions={name: version(name) for name in _MADE_WITH},
+    )
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    count = 1
+    for side in shape:
+        count *= side
+    return count
+
+
+def _token_ids(checkpoint: Checkpoint, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:
+    """bos and the set of eos ids: generation_config.json has the last word, as in transformers."""
+    generation = json.loads(checkpoint.files.get("generation_config.json", b"{}"))
+    fields = {**checkpoint.config, **{key: value for key, value in generation.items() if value is not None}}
+    eos = fields.get("eos_token_id")
+    eos = tuple(eos) if isinstance(eos, list) else (eos,)
+    if not all(isinstance(token, int) and 0 <= token < vocab_size for token in eos):
+        raise DsoptError(f"{checkpoint.source.path}: eos_token_id {eos} is not in the vocabulary of {vocab_size}")
+    bos = fields.get("bos_token_id")
+    return (bos if isinstance(bos, int) else None), eos

@@ -1,0 +1,217 @@
+"""From a family's torch code to one ONNX graph without weights.
+
+Each distinct block is traced once under fake tensors and stitched as often as the model has layers, so the time
+does not grow with the depth and no weight is in memory. Names and shapes of inputs and outputs follow
+onnxruntime-genai's contract (its `genai_config.json` documentation), with one more input of dsopt's own:
+`logits_start`, an initializer that a caller may override, so that a prefill computes the logits of one row.
+"""
+
+import ast
+import dataclasses
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from dsopt.compiler.weights import initializer
+
+OPSET = 23
+DOMAIN = "com.microsoft"
+
+
+def export(build: Callable[[Any], nn.Module], config: Any) -> ir.Model:
+    """Trace `build(config)` (a family's `Model`) and stitch the whole decoder.
+
+    Weight initializers are named as in the checkpoint and have no content yet; the rotary tables have theirs.
+    """
+    # Untied, or the one parameter of embedding and head would appear under one name only; one layer is enough.
+    one_block = dataclasses.replace(config, num_hidden_layers=1, tie_word_embeddings=False)
+    with FakeTensorMode():
+        graph = _trace(_Parts(build(one_block)), one_block)
+    return _Stitcher(config, graph).stitch()
+
+
+class _Parts(nn.Module):
+    """Embedding, one block and head side by side, unconnected: one trace for all (each costs a second of set-up)."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.embed, self.block = model.model.embed_tokens, model.model.layers[0]
+        self.norm, self.lm_head = model.model.norm, model.lm_head
+
+    def forward(self, ids: torch.Tensor, last: torch.Tensor, x: torch.Tensor, *state: torch.Tensor) -> Any:
+        return self.embed(ids), self.lm_head(self.norm(last)), *self.block(x, *state)
+
+
+def _example(config: Any) -> list[tuple[torch.Tensor, tuple[int, ...]]]:
+    """Inputs of `_Parts` and, for each, the dimensions that are free."""
+    ids = (torch.empty(2, 3, dtype=torch.int64), (0, 1))
+    hidden = [(torch.empty(2, 3, config.hidden_size), (0, 1)) for _ in range(2)]
+    cache = [(torch.empty(2, config.num_key_value_heads, 4, config.head_dim), (0, 2)) for _ in range(2)]
+    lengths, total = (torch.empty(2, dtype=torch.int32), (0,)), (torch.empty((), dtype=torch.int32), ())
+    tables = [(torch.empty(config.max_position_embeddings, config.head_dim // 2), ()) for _ in range(2)]
+    return [ids, *hidden, *cache, lengths, total, *tables]
+
+
+def _trace(parts: _Parts, config: Any) -> ir.Graph:
+    inputs, free = zip(*_example(config), strict=True)
+    shapes = [dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in free]
+    with _quiet():
+        exported = torch.export.export(parts, inputs, dynamic_shapes=(*shapes[:3], tuple(shapes[3:])), strict=False)
+        program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False)
+    assert program is not None
+    return program.model.graph
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter logs and warns about its own insides; stderr belongs to the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+class _Stitcher:
+    """Builds the decoder graph: mask arithmetic, embedding, the block for each layer, the head."""
+
+    def __init__(self, config: Any, traced: ir.Graph) -> None:
+        self.config = config
+        self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name="decoder")
+        self.names: set[str] = set()
+        ids, last, *block = traced.inputs
+        embedded, logits, *block_outputs = traced.outputs
+        self.embed = _Part(traced, [ids], [embedded], {"embed": "model.embed_tokens"})
+        self.block = _Part(traced, block, block_outputs, {"block": ""})
+        self.head = _Part(traced, [last], [logits], {"norm": "model.norm", "lm_head": "lm_head"})
+
+    def stitch(self) -> ir.Model:
+        ids = self._input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
+        state = self._mask_arithmetic()
+        (x,) = self._append(self.embed, "", [ids])
+        presents: list[ir.Value] = []
+        for layer in range(self.config.num_hidden_layers):
+            past = [self._cache_input(layer, part) for part in ("key", "value")]
+            x, *present = self._append(self.block, f"model.layers.{layer}", [x, *past, *state])
+            presents += [self._cache_output(layer, *pair) for pair in zip(("key", "value"), present, strict=True)]
+        self.graph.outputs.append(self._logits(x))
+        self.graph.outputs.extend(presents)
+        return ir.Model(self.graph, ir_version=10, producer_name="dsopt")
+
+    def _input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
+        value = ir.Input(name, ir.Shape(shape), ir.TensorType(dtype))
+        self.graph.inputs.append(value)
+        return value
+
+    def _cache_input(self, layer: int, part: str) -> ir.Value:
+        shape = ["batch", self.config.num_key_value_heads, "past_length", self.config.head_dim]
+        return self._input(f"past_key_values.{layer}.{part}", ir.DataType.FLOAT, shape)
+
+    def _cache_output(self, layer: int, part: str, value: ir.Value) -> ir.Value:
+        value.name = f"present.{layer}.{part}"
+        value.shape = ir.Shape(["batch", self.config.num_key_value_heads, "total_length", self.config.head_dim])
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        return value
+
+    def _constant(self, name: str, value: np.ndarray) -> ir.Value:
+        return initializer(self.graph, ir.tensor(value, name=name))
+
+    def _node(self, op: str, inputs: Sequence[ir.Value | None], name: str, **attributes: Any) -> ir.Value:
+        node = ir.node(op, inputs, attributes, outputs=[ir.Value(name=name)], name=f"{name}/{op}")
+        self.graph.append(node)
+        return node.outputs[0]
+
+    def _mask_arithmetic(self) -> list[ir.Value]:
+        """attention_mask [batch, total] -> seqlens_k int32 [batch], total length int32 [], and the rotary tables."""
+        mask = self._input("attention_mask", ir.DataType.INT64, ["batch", "total_length"])
+        one = self._constant("constant.one", np.array([1], np.int64))
+        ones = self._node("ReduceSum", [mask, one], "attention_mask.sum", keepdims=0)
+        lengths = self._node("Sub", [ones, one], "attention_mask.last")
+        seqlens_k = self._node("Cast", [lengths], "seqlens_k", to=ir.DataType.INT32)
+        shape = self._node("Shape", [mask], "attention_mask.shape", start=1, end=2)
+        length = self._node("Squeeze", [shape], "attention_mask.length")
+        total = self._node("Cast", [length], "total_length", to=ir.DataType.INT32)
+        with torch._subclasses.fake_tensor.unset_fake_temporarily():
+            cos, sin = self.config.rotary(self.config.max_position_embeddings)
+        tables = [self._constant(f"rotary.{n}", t.numpy()) for n, t in (("cos", cos), ("sin", sin))]
+        return [seqlens_k, total, *tables]
+
+    def _logits(self, x: ir.Value) -> ir.Value:
+        start = self._constant("logits_start", np.array([0], np.int64))
+        self.graph.inputs.append(start)  # input *and* initializer: a default that a caller may override
+        end = self._constant("constant.end", np.array([np.iinfo(np.int64).max], np.int64))
+        axis = self.graph.initializers["constant.one"]
+        (logits,) = self._append(self.head, "", [self._node("Slice", [x, start, end, axis], "logits_rows")])
+        logits.name, logits.type = "logits", ir.TensorType(ir.DataType.FLOAT)
+        # A row symbol of its own: were it the literal 1, onnxruntime-genai would take the head for a pruned one.
+        logits.shape = ir.Shape(["batch", "logits_length", self.config.vocab_size])
+        return logits
+
+    def _append(self, part: "_Part", prefix: str, inputs: Sequence[ir.Value]) -> list[ir.Value]:
+        """Clone a traced part into the graph with its inputs bound; returns its outputs there."""
+        values = dict(zip(part.inputs, inputs, strict=True))
+        for old in part.weights:
+            name = _join(prefix, part.rename(old.name or ""))
+            values[old] = ir.Value(name=name, shape=old.shape, type=old.type)
+            self.graph.initializers.add(values[old])
+        for node in part.nodes:
+            self._clone(node, _join(prefix, part.rename(_module_path(node))), values)
+        return [values[output] for output in part.outputs]
+
+    def _clone(self, node: ir.Node, path: str, values: dict[ir.Value, ir.Value]) -> None:
+        name = self._unique(f"{path}/{node.op_type}")
+        outputs = [ir.Value(name=f"{name}.{i}" if i else name, type=out.type) for i, out in enumerate(node.outputs)]
+        inputs = [None if value is None else values[value] for value in node.inputs]
+        self.graph.append(
+            ir.Node(node.domain, node.op_type, inputs, list(node.attributes.values()), outputs=outputs, name=name)
+        )
+        values.update(zip(node.outputs, outputs, strict=True))
+
+    def _unique(self, name: str) -> str:
+        count = 1
+        while (candidate := name if count == 1 else f"{name}_{count}") in self.names:
+            count += 1
+        self.names.add(candidate)
+        return candidate
+
+
+class _Part:
+    """The nodes and weights of a traced graph that some of its outputs need."""
+
+    def __init__(
+        self, traced: ir.Graph, inputs: list[ir.Value], outputs: list[ir.Value], names: dict[str, str]
+    ) -> None:
+        self.inputs, self.outputs, self._names = inputs, outputs, names
+        needed = set(outputs)
+        for node in reversed(traced):
+            if needed.intersection(node.outputs):
+                needed.update(value for value in node.inputs if value is not None)
+        self.nodes = [node for node in traced if needed.intersection(node.outputs)]
+        self.weights = [value for value in traced.initializers.values() if value in needed]
+
+    def rename(self, path: str) -> str:
+        """`lm_head.weight` of the trace -> its name in the checkpoint, relative to the part's prefix."""
+        first, _, rest = path.partition(".")
+        return _join(self._names[first], rest)
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _module_path(node: ir.Node) -> str:
+    """`self_attn.q_proj`: the innermost module among the scopes that torch records on each node."""
+    scopes = ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"])
+    return next((scope for scope in reversed(scopes[:-1]) if scope), "")

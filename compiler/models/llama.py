@@ -1,0 +1,152 @@
+"""Llama (arXiv:2302.13971, 2407.21783) and what shares its shape: SmolLM2, TinyLlama, Llama 3.x."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dsopt.compiler.models.layers import GatedMlp, group_query_attention, rotary_tables
+from dsopt.runtime.errors import DsoptError
+
+
+@dataclass(frozen=True)
+class Config:
+    """The fields of config.json that decide the graph; checked when made."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None
+    tie_word_embeddings: bool
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "Config":
+        """Read a Hugging Face config.json. Raises DsoptError on a missing field or an unsupported value."""
+        # transformers 5 writes rope_theta inside rope_parameters; older files have it at the top.
+        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        try:
+            heads = int(config["num_attention_heads"])
+            made = cls(
+                vocab_size=int(config["vocab_size"]),
+                hidden_size=int(config["hidden_size"]),
+                intermediate_size=int(config["intermediate_size"]),
+                num_hidden_layers=int(config["num_hidden_layers"]),
+                num_attention_heads=heads,
+                num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or config["hidden_size"] // heads),
+                max_position_embeddings=int(config["max_position_embeddings"]),
+                rms_norm_eps=float(config["rms_norm_eps"]),
+                rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+                rope_scaling=rope or None,
+                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            )
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise DsoptError(f"config.json: missing or malformed field ({error!r}) for a llama model") from error
+        made._check(config)
+        return made
+
+    def _check(self, config: Mapping[str, Any]) -> None:
+        if config.get("hidden_act", "silu") != "silu":
+            raise DsoptError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; llama uses 'silu'")
+        for field in ("attention_bias", "mlp_bias"):
+            if config.get(field):
+                raise DsoptError(f"config.json: {field} = true is not supported for llama models")
+        kind = (self.rope_scaling or {}).get("rope_type", (self.rope_scaling or {}).get("type", "default"))
+        if kind not in ("default", "linear", "llama3"):
+            raise DsoptError(
+                f"config.json: rope_scaling type {kind!r} is not supported; default, linear and llama3 are"
+            )
+        sizes = (self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers,
+                 self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.max_position_embeddings)  # fmt: skip
+        if min(sizes) < 1:
+            raise DsoptError("config.json: a size is zero or negative")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise DsoptError(
+                f"config.json: {self.num_attention_heads} attention heads cannot share "
+                f"{self.num_key_value_heads} key-value heads"
+            )
+        if self.head_dim % 16:
+            raise DsoptError(f"config.json: head_dim {self.head_dim} is not a multiple of 16, as attention needs")
+
+    def rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin, float32 [length, head_dim / 2]."""
+        return rotary_tables(self.head_dim, length, self.rope_theta, self.rope_scaling)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        hidden, width, kv_width = config.hidden_size, self.heads * config.head_dim, self.kv_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden, width, bias=False)
+        self.k_proj = nn.Linear(hidden, kv_width, bias=False)
+        self.v_proj = nn.Linear(hidden, kv_width, bias=False)
+        self.o_proj = nn.Linear(width, hidden, bias=False)
+
+    def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        context, present_key, present_value = group_query_attention(
+            self.q_proj(x), self.k_proj(x), self.v_proj(x), *state, num_heads=self.heads, kv_num_heads=self.kv_heads
+        )
+        return self.o_proj(context), present_key, present_value
+
+
+class Block(nn.Module):
+    """One decoder layer. `state` is (past_key, past_value, seqlens_k, total_length, cos, sin)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size)
+
+    def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        attended, present_key, present_value = self.self_attn(self.input_layernorm(x), *state)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), present_key, present_value
+
+
+class Body(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Model(nn.Module):
+    """The whole model; parameters are named as in the checkpoint."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Body(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self, input_ids: Tensor, past: list[tuple[Tensor, Tensor]] | None = None
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """input_ids int64 [b, s], past per layer (key, value) [b, kv_heads, t, d] -> logits [b, s, vocab], present."""
+        config = self.config
+        batch, rows = input_ids.shape
+        empty = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim)
+        past = past or [(empty, empty)] * config.num_hidden_layers
+        total = rows + past[0][0].shape[2]
+        lengths = torch.full((batch,), total - 1, dtype=torch.int32)
+        cos, sin = config.rotary(total)
+        x, present = self.model.embed_tokens(input_ids), []
+        for block, (key, value) in zip(self.model.layers, past, strict=True):
+            x, *kv = block(x, key, value, lengths, torch.tensor(total, dtype=torch.int32), cos, sin)
+            present.append((kv[0], kv[1]))
+        return self.lm_head(self.model.norm(x)), present

@@ -1,0 +1,154 @@
+"""A graph with lazy weights -> an artifact directory, streamed to disk, written aside and renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from dsopt.runtime.artifact import GRAPH, MANIFEST, WEIGHTS, Manifest
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.files import remember_sha256, sha256_file
+
+Progress = Callable[[int, int], None]  # bytes written, bytes in all
+_INLINE = 1024  # smaller tensors stay in the graph file: shape inference and constant folding read them
+_PARTIAL = ".partial-"
+MAX_LENGTH = 4096  # onnxruntime-genai allocates and clears the whole cache for this length up front
+
+
+@contextmanager
+def written_aside(out: Path) -> Iterator[Path]:
+    """A new directory beside `out` that takes its place when the block ends well, and vanishes when it does not.
+
+    A process killed inside leaves a directory `.NAME.partial-PID`, which the next compilation to `out` removes.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out)
+    aside = out.with_name(f".{out.name}{_PARTIAL}{os.getpid()}")
+    aside.mkdir()
+    try:
+        yield aside
+        _take_place(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _take_place(aside: Path, out: Path) -> None:
+    if not out.exists():
+        aside.rename(out)
+        return
+    # A directory cannot be renamed over a full one. Between these two renames there is no artifact, never half a one.
+    old = aside.with_name(f"{aside.name}.old")
+    out.rename(old)
+    aside.rename(out)
+    shutil.rmtree(old)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for path in out.parent.glob(f".{out.name}{_PARTIAL}*"):
+        pid = path.name.removesuffix(".old").rpartition("-")[2]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def check_free_space(out: Path, needed: int) -> None:
+    """Raises DsoptError when the file system of `out` has less than `needed` bytes left."""
+    place = next(parent for parent in (out, *out.absolute().parents) if parent.exists())
+    if (free := shutil.disk_usage(place).free) < needed:
+        raise DsoptError(f"{place}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free; choose another -o")
+
+
+def stored_bytes(model: ir.Model) -> int:
+    """Bytes of all weights as they will be written."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+
+
+def write_graph(model: ir.Model, directory: Path, progress: Progress | None = None) -> None:
+    """Write model.onnx and model.onnx.data, evaluating one lazy tensor after the other."""
+    total, done = stored_bytes(model), 0
+
+    def written(tensor: ir.TensorProtocol, _info: object) -> None:
+        nonlocal done
+        done += tensor.nbytes
+        if progress:
+            progress(done, total)
+
+    ir.save(
+        model, directory / GRAPH, external_data=WEIGHTS, size_threshold_bytes=_INLINE, callback=written,
+        alignment=4096,  # ONNX Runtime maps page-aligned weights instead of reading them
+    )  # fmt: skip
+
+
+def write_texts(directory: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        (directory / name).write_bytes(data)
+
+
+def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and hash of each file written, for the manifest."""
+    return {
+        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(directory.iterdir())
+        if path.name != MANIFEST
+    }
+
+
+def seal(directory: Path, manifest: Manifest) -> None:
+    (directory / MANIFEST).write_bytes(manifest.to_json())
+
+
+def remember_hashes(directory: Path, manifest: Manifest) -> None:
+    """The hashes just computed hold at the final path too: spare the first reader."""
+    for name, entry in manifest.files.items():
+        remember_sha256(directory / name, str(entry["sha256"]))
+
+
+def genai_config(manifest: Manifest) -> bytes:
+    """genai_config.json for onnxruntime-genai; its schema is strict, so nothing of dsopt's own goes in."""
+    model = manifest.model
+    inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask",
+              "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}  # fmt: skip
+    outputs = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    decoder = {
+        "session_options": {"log_id": "onnxruntime-genai", "log_severity_level": 3, "provider_options": []},
+        "filename": GRAPH,
+        "head_size": model["head_dim"],
+        "hidden_size": model["hidden_size"],
+        "num_attention_heads": model["heads"],
+        "num_hidden_layers": model["layers"],
+        "num_key_value_heads": model["kv_heads"],
+        "inputs": inputs,
+        "outputs": outputs,
+    }
+    eos = list(manifest.eos)
+    config = {
+        "model": {
+            "type": manifest.family,
+            "bos_token_id": manifest.bos if manifest.bos is not None else eos[0],
+            "eos_token_id": eos,
+            "pad_token_id": eos[0],
+            "vocab_size": model["vocab_size"],
+            "context_length": model["context_length"],
+            "decoder": decoder,
+        },
+        "search": {
+            "do_sample": False, "max_length": min(model["context_length"], MAX_LENGTH), "min_length": 0,
+            "num_beams": 1, "num_return_sequences": 1, "past_present_share_buffer": True,
+            "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 1, "top_p": 1.0,
+        },
+    }  # fmt: skip
+    return json.dumps(config, indent=1).encode()

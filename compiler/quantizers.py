@@ -1,0 +1,127 @@
+"""Rounding weights to few bits so that the weighted squared error is smallest. Pure tensor arithmetic.
+
+x ~ scale * (code - zero_point), per block along the input dimension. For given integer codes the best scale has a
+closed form, scale = sum(w x q) / sum(w q^2) with q = code - zero_point, and the error it leaves is
+sum(w x^2) - sum(w x q)^2 / sum(w q^2). So candidates only have to propose codes; the one with the largest
+sum(w x q)^2 / sum(w q^2) wins and its scale is refitted (the idea of llama.cpp's k-quants and imatrix).
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# How far beyond the largest magnitude the code range may reach, or stop short of it (then that weight is clipped).
+_SYMMETRIC_GRID = {4: (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.81, 0.77), 8: (1.0,)}
+_ASYMMETRIC_GRID = {4: (1.0, 0.95, 0.9, 0.85, 0.8), 8: (1.0,)}
+_CHUNK = 1 << 17  # elements a thread works on at a time: its temporaries stay in the L2 cache
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Quantized rows: codes uint8 [N, blocks, block], scales float32 [N, blocks], zero_points uint8 [N, blocks]."""
+
+    codes: Tensor
+    scales: Tensor
+    zero_points: Tensor
+
+
+def quantize_blocks(
+    x: Tensor, bits: int, block: int, *, zero_points: bool = False, importance: Tensor | None = None
+) -> Blocks:
+    """Quantize rows x float32 [N, K] in blocks of `block` along K; K is padded with zeros to whole blocks.
+
+    `importance` float32 [K] weighs the error of each input channel (E[activation^2] is the natural choice).
+    Without zero points the zero point is 2^(bits-1), as MatMulNBits assumes.
+    """
+    padding = -x.shape[1] % block
+    x = torch.nn.functional.pad(x, (0, padding)).unflatten(1, (-1, block))
+    weight = _error_weights(x, importance, padding)
+    proposals = _asymmetric(x, bits) if zero_points else _symmetric(x, bits)
+    best_gain = torch.full(x.shape[:2], -1.0)
+    best_q = best_zero = None
+    for inverse_scale, zero in proposals:
+        q = (x * inverse_scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).round_().clamp_(0, 2**bits - 1)
+        q -= zero.unsqueeze(-1)
+        gain = _gain(x, q, weight)
+        if best_q is None:
+            best_gain, best_q, best_zero = gain, q, zero
+            continue
+        better = gain > best_gain
+        best_gain = torch.where(better, gain, best_gain)
+        best_q = torch.where(better.unsqueeze(-1), q, best_q)
+        best_zero = torch.where(better, zero, best_zero)
+    assert best_q is not None
+    assert best_zero is not None
+    scales = _refit(x, best_q, weight)
+    codes = (best_q + best_zero.unsqueeze(-1)).to(torch.uint8)
+    return Blocks(codes, scales, best_zero.to(torch.uint8))
+
+
+def _error_weights(x: Tensor, importance: Tensor | None, padding: int) -> Tensor | None:
+    if importance is None:
+        return None
+    return torch.nn.functional.pad(importance, (0, padding)).reshape(1, x.shape[1], x.shape[2])
+
+
+def _gain(x: Tensor, q: Tensor, weight: Tensor | None) -> Tensor:
+    wq = q if weight is None else q * weight
+    xq, qq = (wq * x).sum(-1), (wq * q).sum(-1)
+    return xq * xq / qq.clamp_min(1e-30)
+
+
+def _refit(x: Tensor, q: Tensor, weight: Tensor | None) -> Tensor:
+    wq = q if weight is None else q * weight
+    return (wq * x).sum(-1) / (wq * q).sum(-1).clamp_min(1e-30)
+
+
+def _symmetric(x: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The code range has one step more below zero: let the extreme weight, whatever its sign, sit there."""
+    half = 2 ** (bits - 1)
+    extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    zero = torch.full_like(extreme, half)
+    for stretch in _SYMMETRIC_GRID[bits]:
+        yield _safe_inverse(-extreme * stretch / half), zero
+
+
+def _asymmetric(x: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
+    top = 2**bits - 1
+    low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
+    for shrink_low in _ASYMMETRIC_GRID[bits]:
+        for shrink_high in _ASYMMETRIC_GRID[bits]:
+            inverse = _safe_inverse((high * shrink_high - low * shrink_low) / top)
+            yield inverse, (-low * shrink_low * inverse).round().clamp(0, top)
+
+
+def _safe_inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
+
+
+def quantize_columns(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Per output channel: rows x [N, K] -> codes int8 [N, K] in [-127, 127] and scales float32 [N]."""
+    scales = x.abs().amax(1) / 127
+    codes = (x * _safe_inverse(scales).unsqueeze(1)).round().clamp(-127, 127)
+    return codes.to(torch.int8), scales
+
+
+def for_row_chunks(rows: int, width: int, work: Callable[[int, int], None]) -> None:
+    """Call `work(start, stop)` for chunks of rows on all cores; tensor operations inside run single-threaded."""
+    step = max(1, _CHUNK // width)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            jobs = [pool.submit(work, start, min(start + step, rows)) for start in range(0, rows, step)]
+            for job in jobs:
+                job.result()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def pack_nibbles(codes: Tensor) -> np.ndarray:
+    """uint8 codes below 16 [..., n] -> [..., ceil(n / 2)]: even positions in the low nibble, as MatMulNBits reads."""
+    codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+    return (codes[..., 0::2] | (codes[..., 1::2] << 4)).numpy()

@@ -1,0 +1,97 @@
+"""What to do to a model, as one small language: `int4`, `int4-zp,head=int8,down=int8`, `w8a8,embed=int8`.
+
+The first word is the format of every linear layer; `ROLE=FORMAT` overrides it for some. A format is
+
+    none            float32
+    int4 int8       weight-only, MatMulNBits: per block of the input dimension a scale and, with `-zp`, a zero point
+    w8a8            int8 weights per output channel, activations quantized on the fly: DynamicQuantizeMatMul
+
+with `-b16 ... -b256` for the block size (32 unless said). Roles are q k v o gate up down head embed and the groups
+qkv, attn, mlp.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from dsopt.compiler.roles import GROUPS, ROLES
+from dsopt.runtime.errors import UsageError
+
+_FORMAT = re.compile(r"(none|w8a8|int4|int8)(-zp)?(?:-b(16|32|64|128|256))?")
+
+
+@dataclass(frozen=True)
+class Format:
+    """How the weight of one linear layer is stored and multiplied."""
+
+    kernel: str = "none"  # none | nbits | w8a8
+    bits: int = 32
+    block: int = 0
+    zero_points: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Format":
+        match = _FORMAT.fullmatch(text)
+        if match is None:
+            raise UsageError(f"--quant: {text!r} is no format; none, int4, int8, w8a8, with -zp and -b32 and the like")
+        kind, zero_points, block = match.groups()
+        if kind in ("none", "w8a8"):
+            if zero_points or block:
+                raise UsageError(f"--quant: {text!r}: {kind} has neither zero points nor blocks")
+            return cls() if kind == "none" else cls("w8a8", 8)
+        return cls("nbits", int(kind[3:]), int(block or 32), bool(zero_points))
+
+    def nbytes(self, n: int, k: int) -> int:
+        """Bytes of a weight [n, k]: codes, float32 scales, zero points."""
+        if self.kernel == "none":
+            return 4 * n * k
+        if self.kernel == "w8a8":
+            return n * k + 4 * n
+        blocks = -(-k // self.block)
+        zeros = -(-blocks * self.bits // 8) if self.zero_points else 0
+        return n * (blocks * self.block * self.bits // 8 + 4 * blocks + zeros)
+
+    def __str__(self) -> str:
+        if self.kernel != "nbits":
+            return self.kernel
+        return f"int{self.bits}{'-zp' * self.zero_points}{'' if self.block == 32 else f'-b{self.block}'}"
+
+
+# `auto` until a search chooses per node: the fastest of the recipes whose loss is hard to notice (see README).
+PRESETS = {"auto": "int8"}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The format of each role; `text` is the recipe as the user would write it."""
+
+    text: str
+    default: Format
+    roles: Mapping[str, Format] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "Recipe":
+        """Raises UsageError on an unknown format or role."""
+        text = PRESETS.get(text, text)
+        first, *overrides = [part.strip() for part in text.split(",")]
+        roles: dict[str, Format] = {}
+        for override in overrides:
+            role, _, value = override.partition("=")
+            known = (*ROLES, "embed", *GROUPS)
+            if role not in known or not value:
+                raise UsageError(f"--quant: {override!r} is not ROLE=FORMAT; roles: {' '.join(known)}")
+            roles |= dict.fromkeys(GROUPS.get(role, (role,)), Format.parse(value))
+        return cls(text, Format.parse(first), roles)
+
+    def format(self, role: str) -> Format:
+        return self.roles.get(role, self.default)
+
+    def embedding(self) -> Format:
+        """The table of the embedding: as said, else as the head (so that a tied table can be stored once).
+
+        A head in w8a8 has no layout that a gather can read; 8 bits in blocks stand in.
+        """
+        if "embed" in self.roles:
+            return self.roles["embed"]
+        head = self.format("head")
+        return Format("nbits", 8, 32) if head.kernel == "w8a8" else head

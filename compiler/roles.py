@@ -1,0 +1,92 @@
+"""Which linear layer plays which part, proved on the graph and checked against the names.
+
+Passes ask for roles instead of matching names, so that a family with odd names, or a graph that is not what it
+seems, is an error here and not a wrong rewrite there.
+"""
+
+import re
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from dsopt.runtime.errors import DsoptError
+
+ROLES = ("q", "k", "v", "o", "gate", "up", "down", "head")
+GROUPS = {"qkv": ("q", "k", "v"), "attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y = x W^T: a FusedMatMul whose second input is the weight, float32 [N, K] as in the checkpoint."""
+
+    node: ir.Node
+    role: str
+    layer: int | None  # None for the head
+
+    @property
+    def weight(self) -> ir.Value:
+        weight = self.node.inputs[1]
+        assert weight is not None
+        return weight
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name of the module: `model.layers.3.mlp.down_proj`."""
+        return (self.weight.name or "").removesuffix(".weight")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(N, K)."""
+        assert self.weight.shape is not None
+        n, k = self.weight.shape
+        return int(n), int(k)  # type: ignore[arg-type]
+
+
+def find_linears(graph: ir.Graph) -> list[Linear]:
+    """Every linear layer of a float graph in order. Raises DsoptError where a part cannot be proved."""
+    linears = []
+    for node in graph:
+        if node.op_type == "FusedMatMul":
+            weight = node.inputs[1]
+            assert weight is not None
+            linears.append(Linear(node, _role(node), _layer(weight.name or "")))
+    return linears
+
+
+def _layer(name: str) -> int | None:
+    match = re.search(r"\.layers\.(\d+)\.", name)
+    return int(match[1]) if match else None
+
+
+def _role(node: ir.Node) -> str:
+    role = _proved(node)
+    weight = node.inputs[1]
+    assert weight is not None
+    names = {"head": "lm_head", None: ""}
+    if role is None or names.get(role, f"{role}_proj") not in (weight.name or "") and not _is_tied(weight, role):
+        raise DsoptError(f"cannot tell the part that {weight.name} plays in the graph (proved: {role})")
+    return role
+
+
+def _is_tied(weight: ir.Value, role: str) -> bool:
+    return role == "head" and any(use.node.op_type == "Gather" for use in weight.uses())
+
+
+def _proved(node: ir.Node) -> str | None:
+    """The role by topology alone."""
+    output, source = node.outputs[0], node.inputs[0]
+    if output.is_graph_output():
+        return "head"
+    for use in output.uses():
+        if use.node.op_type == "GroupQueryAttention" and use.idx < 3:
+            return "qkv"[use.idx]
+    producer = source.producer() if source is not None else None
+    if producer is not None and producer.op_type == "GroupQueryAttention":
+        return "o"
+    if any(use.node.op_type == "Sigmoid" for use in output.uses()):
+        return "gate"
+    if producer is not None and producer.op_type == "Mul":
+        return "down"
+    if all(use.node.op_type == "Mul" for use in output.uses()):
+        return "up"
+    return None

@@ -1,0 +1,75 @@
+"""Initializers that are computed when they are written: the weights of a model never stand in memory together."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from dsopt.compiler.checkpoint import Tensor
+
+DTYPES = {
+    np.dtype(np.float32): ir.DataType.FLOAT,
+    np.dtype(np.uint8): ir.DataType.UINT8,
+    np.dtype(np.int8): ir.DataType.INT8,
+    np.dtype(np.int64): ir.DataType.INT64,
+    np.dtype(np.int32): ir.DataType.INT32,
+}
+
+
+def lazy(name: str, shape: Sequence[int], dtype: type, make: Callable[[], np.ndarray]) -> ir.LazyTensor:
+    """A tensor whose content `make` returns each time it is asked for."""
+    return ir.LazyTensor(
+        lambda: ir.tensor(np.ascontiguousarray(make()), name=name),
+        dtype=DTYPES[np.dtype(dtype)],
+        shape=ir.Shape(shape),
+        name=name,
+    )
+
+
+class Weight(ir.LazyTensor):
+    """A float32 initializer backed by a checkpoint's tensor, which can also be read by rows."""
+
+    def __init__(self, tensor: Tensor, name: str) -> None:
+        self.tensor = tensor
+        super().__init__(
+            lambda: ir.tensor(tensor.read(), name=name),
+            dtype=ir.DataType.FLOAT,
+            shape=ir.Shape(tensor.shape),
+            name=name,
+        )
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start:stop of axis 0 as float32."""
+        return self.tensor.read(start, stop)
+
+
+class Shared:
+    """Several arrays from one computation: made when the first is asked for, dropped when each was taken.
+
+    `make` returns the arrays by name. A second round of asking computes them again.
+    """
+
+    def __init__(self, make: Callable[[], dict[str, np.ndarray]]) -> None:
+        self._make = make
+        self._left: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def take(self, part: str) -> np.ndarray:
+        with self._lock:
+            if part not in self._left:
+                self._left = self._make()
+            return self._left.pop(part)
+
+
+def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """Register `tensor` as an initializer of `graph` under its own name."""
+    assert tensor.name and tensor.name not in graph.initializers, tensor.name
+    value = ir.Value(
+        name=tensor.name,
+        shape=ir.Shape(tensor.shape),
+        type=ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value

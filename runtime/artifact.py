@@ -1,0 +1,104 @@
+"""The artifact: a directory that onnxruntime-genai loads unchanged, and `dsopt.json`, the manifest of how it was made.
+
+The manifest is the contract between compiler and runtime; its format belongs to the reader, so it stands here and
+the compiler writes through it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.files import sha256_file
+
+FORMAT = 1
+MANIFEST = "dsopt.json"
+GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an artifact is and how it came to be. `nodes` has one entry a linear layer, in graph order."""
+
+    name: str  # the checkpoint's short name
+    recipe: str
+    target: str  # execution provider it was made for: cpu
+    family: str
+    source: Mapping[str, str]  # kind, name, sha256 of the checkpoint
+    model: Mapping[str, int]  # layers, hidden_size, heads, kv_heads, head_dim, vocab_size, context_length, parameters
+    bos: int | None
+    eos: tuple[int, ...]
+    nodes: tuple[Mapping[str, Any], ...]  # name, role, layer, op, format, bytes
+    files: Mapping[str, Mapping[str, Any]]  # by file name: bytes, sha256
+    versions: Mapping[str, str]
+    quality: Mapping[str, Any] | None = None  # measured loss against the checkpoint
+    speed: Mapping[str, Any] | None = None
+    profile: Mapping[str, Any] | None = None  # kernel times of the machine it was made for
+    drafters: tuple[str, ...] = ()
+    format: int = field(default=FORMAT)
+
+    def to_json(self) -> bytes:
+        return (json.dumps(asdict(self), indent=1, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, where: Path) -> "Manifest":
+        """Raises DsoptError when the data is no manifest or of another format version."""
+        try:
+            raw = json.loads(data)
+            version = raw["format"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DsoptError(f"{where}: not a dsopt manifest ({error!r}); compile the model again") from error
+        if version != FORMAT:
+            raise DsoptError(f"{where}: artifact format {version}, this dsopt reads {FORMAT}; compile the model again")
+        names = {f.name for f in fields(cls)}
+        if names != set(raw):
+            odd = ", ".join(sorted(names ^ set(raw)))
+            raise DsoptError(f"{where}: manifest with missing or unknown fields ({odd}); compile the model again")
+        tuples = {name: tuple(raw[name]) for name in ("eos", "nodes", "drafters")}
+        return cls(**{**raw, **tuples})
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A compiled model on disk."""
+
+    directory: Path
+    manifest: Manifest
+
+    @property
+    def graph(self) -> Path:
+        return self.directory / GRAPH
+
+    @property
+    def size(self) -> int:
+        """Bytes of graph and weights."""
+        return sum(int(self.manifest.files[name]["bytes"]) for name in (GRAPH, WEIGHTS))
+
+    def text(self, name: str) -> str | None:
+        """A text file of the artifact (`chat_template.jinja`), or None where there is none."""
+        path = self.directory / name
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def open_artifact(directory: Path) -> Artifact:
+    """Read and check an artifact: its format, and that each file still has the content it was written with.
+
+    Raises DsoptError naming the file that is missing or has changed.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        what = "no such directory" if not directory.exists() else f"no {MANIFEST} in it"
+        raise DsoptError(f"{directory}: not a compiled model ({what}); make one with: dsopt compile MODEL -o DIR")
+    manifest = Manifest.from_json(path.read_bytes(), path)
+    for name, entry in manifest.files.items():
+        _check_file(directory / name, entry)
+    return Artifact(directory, manifest)
+
+
+def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise DsoptError(f"{path}: missing from the artifact; compile the model again")
+    if path.stat().st_size != entry["bytes"] or sha256_file(path) != entry["sha256"]:
+        raise DsoptError(f"{path}: changed since it was compiled (its hash differs); compile the model again")

@@ -1,0 +1,68 @@
+"""The token loop: a generator of small records. It knows token ids only; text is made above it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsopt.runtime.sampling import logprob, logprobs
+from dsopt.runtime.session import PREFILL_CHUNK, Binding
+
+Choose = Callable[[NDArray[np.float32], Sequence[int]], int]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One generated token. Log-probabilities (natural, of the unmodified distribution) only where asked for."""
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    from_draft: bool = False
+
+
+def prefill(binding: Binding, tokens: Sequence[int]) -> NDArray[np.float32]:
+    """Append `tokens` in chunks; returns the logits [vocab] after the last one. A failure leaves whole chunks."""
+    ids = np.asarray(tokens, np.int64)
+    binding.cache.reserve(binding.cache.length + len(ids))
+    logits = None
+    for start in range(0, len(ids), PREFILL_CHUNK):
+        logits = binding.run(ids[start : start + PREFILL_CHUNK])
+    assert logits is not None, "prefill needs a token"
+    return logits[-1]
+
+
+def decode(
+    binding: Binding,
+    prompt: Sequence[int],
+    *,
+    choose: Choose,
+    limit: int,
+    end: frozenset[int] = frozenset(),
+    top: int | None = None,
+) -> Iterator[Step]:
+    """Yield at most `limit` tokens after `prompt`, one a step, ending after a token of `end`.
+
+    `prompt` is the whole token sequence; what the cache already holds of it is not computed again, except the last
+    token, whose logits are needed. `choose(logits, history)` picks a token. With `top` = k each step carries its
+    log-probability and the k best alternatives. A token is yielded before it is fed, so a caller who stops, or an
+    interrupt, leaves a cache that is a prefix of what was yielded.
+    """
+    history = list(prompt)
+    cache = binding.cache
+    cache.trim(min(cache.length, len(history) - 1))
+    logits = prefill(binding, history[cache.length :])
+    token_in = np.empty(1, np.int64)
+    for count in range(1, limit + 1):
+        token = choose(logits, history)
+        if top is None:
+            step = Step(token)
+        else:
+            step = Step(token, logprob(logits, token), tuple(logprobs(logits, top)))
+        history.append(token)
+        yield step
+        if token in end or count == limit:
+            return
+        token_in[0] = token
+        logits = binding.run(token_in)[-1]

@@ -1,0 +1,136 @@
+"""An ONNX Runtime session over an artifact: token ids and a cache in, logits out."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsopt.runtime.artifact import Artifact
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.kv import KvCache, LayerShape
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the wheels upload usage data unless told not to
+
+import onnxruntime as ort  # noqa: E402
+
+Logits = NDArray[np.float32]
+PREFILL_CHUNK = 512  # rows a run at most: bounds the activations' memory, large enough for full matrix speed
+
+
+def default_threads() -> int:
+    """Physical cores this process may use: a second thread on a core only waits for its vector units."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        try:
+            with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:  # noqa: PTH123
+                cores.add(file.read().strip())
+        except OSError:
+            cores.add(str(cpu))  # no such file outside Linux: count logical ones
+    return len(cores)
+
+
+class Session:
+    """A loaded model. Immutable: what a sequence remembers is in its KvCache, what a call needs is in a Binding.
+
+    All sessions of a process share one thread pool: pools of their own would spin against each other when two
+    sessions take turns. Its size is that of the first session.
+    """
+
+    _pool_threads: int | None = None
+
+    def __init__(self, artifact: Artifact, *, threads: int | None = None, context: int | None = None) -> None:
+        self.artifact = artifact
+        self.threads = self._share_pool(threads or default_threads())
+        limit = artifact.manifest.model["context_length"]
+        if context is not None and not 0 < context <= limit:
+            raise DsoptError(f"--ctx is {context}; this model has at most {limit} positions")
+        self.context = context or limit
+        self._session = _load(artifact)
+        self.layers = _layers(self._session)
+        self.vocab_size = artifact.manifest.model["vocab_size"]
+
+    @classmethod
+    def _share_pool(cls, threads: int) -> int:
+        if cls._pool_threads is None:
+            ort.set_global_thread_pool_sizes(threads, 1)
+            Session._pool_threads = threads
+        return cls._pool_threads or threads
+
+    def new_cache(self) -> KvCache:
+        return KvCache(self.layers, self.context)
+
+    def bind(self, cache: KvCache) -> "Binding":
+        return Binding(self._session, cache, self.vocab_size)
+
+
+class Binding:
+    """A session bound to one cache; `run` appends tokens to the sequence.
+
+    Cache buffers are bound once for each allocation, as past and present alike; a step rebinds only what changes.
+    """
+
+    def __init__(self, session: ort.InferenceSession, cache: KvCache, vocab_size: int) -> None:
+        self.cache = cache
+        self._session, self._vocab = session, vocab_size
+        self._io = session.io_binding()
+        self._generation = -1
+        self._shape = (0, 0)  # rows in, rows of logits out
+        self._mask = np.ones((1, 0), np.int64)
+
+    def run(self, ids: NDArray[np.int64], rows: int = 1) -> Logits:
+        """Append ids int64 [n]; returns logits float32 [rows, vocab] of the last `rows` of them.
+
+        The array is overwritten by the next run of the same shape. Raises DsoptError when the context is full;
+        on any failure, an interrupt included, the cache is as before.
+        """
+        cache, total = self.cache, self.cache.length + len(ids)
+        cache.reserve(total)
+        if cache.generation != self._generation:
+            self._bind_cache()
+        if self._shape != (len(ids), rows):
+            self._bind_shape(len(ids), rows)
+        self._ids[0, :] = ids
+        self._bind("attention_mask", self._mask[:, :total])
+        self._session.run_with_iobinding(self._io)
+        cache.length = total
+        return self._logits[0]
+
+    def _bind(self, name: str, array: NDArray[Any], to: Callable[..., None] | None = None) -> None:
+        (to or self._io.bind_ortvalue_input)(name, ort.OrtValue.ortvalue_from_numpy(array))
+
+    def _bind_cache(self) -> None:
+        for name, buffer in self.cache.buffers.items():
+            value = ort.OrtValue.ortvalue_from_numpy(buffer)
+            self._io.bind_ortvalue_input(f"past_key_values.{name}", value)
+            self._io.bind_ortvalue_output(f"present.{name}", value)
+        self._mask = np.ones((1, self.cache.capacity), np.int64)
+        self._generation = self.cache.generation
+
+    def _bind_shape(self, count: int, rows: int) -> None:
+        self._ids = np.empty((1, count), np.int64)
+        self._logits = np.empty((1, rows, self._vocab), np.float32)
+        self._start = np.array([-rows], np.int64)
+        self._bind("input_ids", self._ids)
+        self._bind("logits_start", self._start)
+        self._bind("logits", self._logits, self._io.bind_ortvalue_output)
+        self._shape = (count, rows)
+
+
+def _load(artifact: Artifact) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # `logits_start` being input and initializer is meant, not worth a warning
+    options.use_per_session_threads = False
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    try:
+        return ort.InferenceSession(artifact.graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base of their own
+        line = str(error).strip().splitlines()[0]
+        raise DsoptError(f"{artifact.graph}: ONNX Runtime {ort.__version__} cannot load it: {line}") from error
+
+
+def _layers(session: ort.InferenceSession) -> list[LayerShape]:
+    shapes = {i.name: i.shape for i in session.get_inputs() if i.name.endswith(".key")}
+    return [LayerShape(int(name.split(".")[1]), shape[1], shape[3]) for name, shape in shapes.items()]
