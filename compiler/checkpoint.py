@@ -1,4 +1,4 @@
-"""One view of a model checkpoint, wherever it comes from: config, tokenizer files and lazy tensors by name."""
+"""One view of a model checkpoint, wherever it comes from: config, tokenizer files, lazy tensors by name."""
 
 import hashlib
 import re
@@ -22,7 +22,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Tensor(ABC):
-    """A weight that is read when asked for. `dtype` and `nbytes` are as stored: "BF16", or a ggml type as "Q4_1"."""
+    """A weight, read when asked for. `dtype` and `nbytes` are as stored: "BF16", or a ggml type as "Q4_1"."""
 
     name: str
     shape: tuple[int, ...]
@@ -60,7 +60,7 @@ class Source:
 
     @cached_property
     def sha256(self) -> str:
-        """Of a single file, its SHA-256; of several, that of their names and SHA-256s. Computed when first asked for."""
+        """SHA-256 of the one file, or of the names and SHA-256s of several. Computed when first asked for."""
         if len(self.content) == 1:
             return sha256_file(self.content[0])
         lines = sorted(f"{path.name} {sha256_file(path)}\n" for path in self.content)
@@ -84,8 +84,8 @@ class Checkpoint:
 def open_checkpoint(model: str, progress: Progress | None = None) -> Checkpoint:
     """Open a directory, a `.gguf` file, a built-in name or a hub id ("org/name"), in this order.
 
-    `progress` is told of downloads. Raises DsoptError, one line, when the checkpoint is missing, damaged or of a
-    kind that is not read.
+    `progress` is told of downloads. Raises DsoptError, one line, when the checkpoint is missing, damaged or
+    of a kind that is not read.
     """
     from dsopt.compiler import builtin
 

@@ -1,4 +1,4 @@
-"""A GGUF file as a checkpoint: tensors dequantized by the `gguf` package, its metadata in Hugging Face's terms."""
+"""A GGUF file as a checkpoint: tensors dequantized by the `gguf` package, names as Hugging Face's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from gguf.quants import dequantize
 from dsopt.compiler.checkpoint import Checkpoint, Source, Tensor
 from dsopt.compiler.gguf_config import Architecture, Metadata, find_architecture
 from dsopt.compiler.gguf_header import Entry, Header, read_header
-from dsopt.compiler.gguf_tokenizer import special_ids, tokenizer_files
+from dsopt.compiler.gguf_tokenizer import tokenizer_files
+from dsopt.compiler.gguf_vocabulary import Vocabulary
 from dsopt.runtime.errors import DsoptError
 
 READABLE = (
@@ -38,7 +39,7 @@ _ROPE_FACTORS = "rope_freqs.weight"
 class GgufTensor(Tensor):
     """A tensor of a GGUF file, its rows in Hugging Face's order.
 
-    `head_dim` is set where llama.cpp stores the rows of each head as pairs (i, i + head_dim / 2) side by side.
+    `head_dim` is set where llama.cpp puts the rows i and i + head_dim / 2 of each head side by side.
     """
 
     path: Path
@@ -81,16 +82,19 @@ def _interleaved(rows: np.ndarray, head_dim: int) -> np.ndarray:
 def open_gguf(path: Path, *, kind: str, name: str) -> Checkpoint:
     """Open a GGUF file without reading a weight.
 
-    Raises DsoptError for: a file that is none or is damaged, an architecture, tensor type or tokenizer that is not
-    known here.
+    Raises DsoptError for: a file that is none or is damaged, an architecture, tensor type or tokenizer that
+    is not known here.
     """
     header = read_header(path)
     try:
         config, tensors = _translate(path, header)
-        files = tokenizer_files(header.metadata)
+        vocabulary = Vocabulary.from_metadata(header.metadata)
+        files = tokenizer_files(vocabulary, header.metadata)
+        if len(vocabulary.tokens) > config["vocab_size"]:
+            raise DsoptError(f"{len(vocabulary.tokens)} tokens, but embeddings for {config['vocab_size']}")
     except DsoptError as error:
         raise DsoptError(f"{path}: {error}") from error
-    config |= {f"{role}_token_id": token for role, token in special_ids(header.metadata).items()}
+    config |= {f"{role}_token_id": token for role, token in vocabulary.roles.items()}
     return Checkpoint(Source(kind, name, path, content=(path,)), config, tensors, files)
 
 
@@ -100,7 +104,7 @@ def _translate(path: Path, header: Header) -> tuple[dict[str, Any], dict[str, Te
     if (entry := header.tensors.get(_ROPE_FACTORS)) is not None:
         factors = _declare(path, _ROPE_FACTORS, entry, None).read()
     config = architecture.config(Metadata(header, name), header, factors)
-    tensors = {
+    tensors: dict[str, Tensor] = {
         renamed.name: renamed
         for entry in header.tensors.values()
         if entry.name != _ROPE_FACTORS
@@ -124,7 +128,7 @@ def _head_dim(architecture: Architecture, entry: Entry, config: Mapping[str, Any
 def _declare(path: Path, name: str, entry: Entry, head_dim: int | None) -> GgufTensor:
     if entry.dtype.name not in READABLE:
         raise DsoptError(
-            f"tensor {entry.name!r} is stored as {entry.dtype.name}; these types are read: {', '.join(READABLE)}"
+            f"tensor {entry.name!r} is stored as {entry.dtype.name}; read are {', '.join(READABLE)}"
         )
     if entry.nbytes % entry.shape[0]:
         raise DsoptError(

@@ -29,14 +29,14 @@ _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_positi
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one `general.architecture` maps. `permuted` are the projections whose rows llama.cpp interleaves."""
+    """How one `general.architecture` maps. `permuted`: the projections whose rows llama.cpp interleaves."""
 
     config: Callable[["Metadata", Header, np.ndarray | None], dict[str, Any]]
     layer_names: Mapping[str, str]
     permuted: frozenset[str] = frozenset()
 
     def rename(self, name: str) -> str:
-        """The Hugging Face name of a tensor. Raises DsoptError for one that the architecture does not have."""
+        """The Hugging Face name of a tensor. Raises DsoptError for one that the architecture lacks."""
         if (match := _LAYER.fullmatch(name)) and match[2] in self.layer_names:
             return f"model.layers.{match[1]}.{self.layer_names[match[2]]}.{match[3]}"
         stem, _, kind = name.rpartition(".")
@@ -139,8 +139,8 @@ def _rope_scaling(
 def _llama3_scaling(config: Mapping[str, Any], factors: np.ndarray) -> dict[str, Any] | None:
     """The llama3 scaling whose divisors `rope_freqs.weight` holds, as convert_hf_to_gguf.py computes them.
 
-    The recipe's four numbers are not in the file. The factor is the last divisor; the others are taken to be those
-    of Llama 3.x and the whole is recomputed: only an exact match is translated.
+    The recipe's four numbers are not in the file. The factor is the last divisor; the others are taken to be
+    those of Llama 3.x and the whole is recomputed: only an exact match is translated.
     """
     if np.all(factors == 1.0):
         return None

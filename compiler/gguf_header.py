@@ -1,7 +1,7 @@
 """The header of a GGUF file: its metadata and where its tensors lie.
 
-Written here, on the `gguf` package's tables, because that package's reader takes seconds for a vocabulary (it makes
-an array per token) and does not end on a header with absurd counts. Layout: ggml's docs/gguf.md.
+Written here, on the `gguf` package's tables, because that package's reader takes seconds for a vocabulary (it
+makes an array per token) and does not end on a header with absurd counts. Layout: ggml's docs/gguf.md.
 """
 
 import math
@@ -36,7 +36,7 @@ _MOST_DIMENSIONS = 4
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor as the file describes it: shape outermost first, `offset` in bytes from the start of the file."""
+    """A tensor as the file describes it: shape outermost first, `offset` in bytes from the file's start."""
 
     name: str
     shape: tuple[int, ...]
@@ -155,6 +155,8 @@ class _Parser:
                 f"tensor {name!r}: rows of {shape[-1]} are no multiple of {dtype.name}'s block {block}"
             )
         nbytes = math.prod(shape) // block * block_bytes
-        if offset + nbytes > len(self.data):
-            raise _Malformed(f"cut short: tensor {name!r} ends at {offset + nbytes} of {len(self.data)}; download it again")  # fmt: skip
+        if (end := offset + nbytes) > len(self.data):
+            raise _Malformed(
+                f"cut short: tensor {name!r} ends at {end} of {len(self.data)}; download it again"
+            )
         return Entry(name, shape, dtype, offset, nbytes)

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file as Hugging Face files: tokenizer.json, its config, chat template, stop tokens."""
+"""The tokenizer inside a GGUF file as Hugging Face's files, with its chat template and stop tokens."""
 
 import json
 from collections.abc import Mapping
@@ -18,16 +18,15 @@ from dsopt.compiler.gguf_vocabulary import (
 from dsopt.runtime.errors import DsoptError
 
 _BUILDERS = {"gpt2": byte_level, "llama": sentencepiece}
-# What ends a turn in the chat formats of the families here; llama.cpp looks for these too when no key says it.
+# What ends a turn in the chat formats of the families here; llama.cpp too looks for these when no key says.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 
 
-def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
-    """tokenizer.json, tokenizer_config.json, generation_config.json and, where there is one, chat_template.jinja.
+def tokenizer_files(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> dict[str, bytes]:
+    """tokenizer.json, tokenizer_config.json, generation_config.json and perhaps chat_template.jinja.
 
-    Raises DsoptError when the tokenizer is absent, malformed, or of a kind that cannot be rebuilt exactly.
+    Raises DsoptError when the tokenizer is malformed, or of a kind that cannot be rebuilt exactly.
     """
-    vocabulary = Vocabulary.from_metadata(metadata)
     files = {
         "tokenizer.json": build_tokenizer(vocabulary).to_str(pretty=False).encode(),
         "tokenizer_config.json": _encode(_tokenizer_config(vocabulary, metadata)),
@@ -38,16 +37,11 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
     return files
 
 
-def special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """Ids of the roles "bos", "eos", "unk" and "pad", as far as the file has them."""
-    return dict(Vocabulary.from_metadata(metadata).roles)
-
-
 def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     """The tokenizer with its added tokens and its begin and end tokens."""
     if vocabulary.model not in _BUILDERS:
         raise DsoptError(
-            f"tokenizer.ggml.model {vocabulary.model!r} is not supported; supported: {', '.join(sorted(_BUILDERS))}"
+            f"tokenizer.ggml.model {vocabulary.model!r} is not supported; supported: {', '.join(_BUILDERS)}"
         )
     try:
         tokenizer = _BUILDERS[vocabulary.model](vocabulary)

@@ -14,9 +14,12 @@ from dsopt.runtime.errors import DsoptError
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# tokenizer.ggml.pre -> the patterns that cut the text, one after the other; None: single digits, then GPT-2's words.
+# tokenizer.ggml.pre -> the patterns that cut the text, one after the other; None: digits, then GPT-2's words.
 _PATTERNS: dict[str, tuple[str, ...] | None] = {
     # llama.cpp's own, for files that do not say; no model was trained with it.
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]"),
@@ -31,7 +34,7 @@ _PATTERNS: dict[str, tuple[str, ...] | None] = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What `tokenizer.ggml.*` says. `roles` are ids by "bos", "eos", "unk", "pad"; `turn_ends` further stop ids."""
+    """What `tokenizer.ggml.*` says. `roles`: ids by "bos", "eos", "unk", "pad"; `turn_ends`: more stops."""
 
     model: str
     pre: str
@@ -92,7 +95,7 @@ class Vocabulary:
 
 
 def byte_level(vocabulary: Vocabulary) -> Tokenizer:
-    """Byte-level BPE (GPT-2): every byte is a character of the vocabulary, merges are listed in their order."""
+    """Byte-level BPE (GPT-2): every byte is a character of the vocabulary, merges come in their order."""
     tokenizer = Tokenizer(
         BPE(
             vocab={token: index for index, token in enumerate(vocabulary.tokens)},

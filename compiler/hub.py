@@ -17,7 +17,10 @@ from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.safetensors_dir import open_safetensors_dir
 from dsopt.runtime.errors import DsoptError
 
-_WANTED = ["config.json", "generation_config.json", "tokenizer*", "chat_template.jinja", "*.safetensors", "*.safetensors.index.json"]  # fmt: skip
+_WANTED = [
+    *("config.json", "generation_config.json", "tokenizer*", "chat_template.jinja"),
+    *("*.safetensors", "*.safetensors.index.json"),
+]
 _UNWANTED = ["*/*", "consolidated*"]  # the same weights again, under other names
 
 
@@ -36,19 +39,22 @@ def _snapshot(repository: str) -> Path:
         return Path(snapshot_download(repository, allow_patterns=_WANTED, ignore_patterns=_UNWANTED))
     except GatedRepoError as error:
         raise DsoptError(
-            f"{repository} is gated: accept its terms at https://huggingface.co/{repository}, then run `hf auth login`"
+            f"{repository} is gated: accept its terms on https://huggingface.co and run `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise DsoptError(
-            f"the Hugging Face hub has no public model {repository}; check the name, or `hf auth login` if it is private"
+            f"the Hugging Face hub has no public model {repository}; check the name, or `hf auth login`"
         ) from error
     except LocalEntryNotFoundError as error:
         raise DsoptError(
-            f"{repository} is neither a path here nor in the Hugging Face cache, and the hub cannot be reached; "
-            "give a directory or a .gguf file, or go online"
+            f"{repository} is neither a path here nor in the Hugging Face cache, and the hub gives nothing "
+            f"({_first_line(error)}); give a directory or a .gguf file, or go online"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise DsoptError(
-            f"{repository} could not be downloaded from the Hugging Face hub: {reason}"
+            f"{repository} could not be downloaded from the hub: {_first_line(error)}"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]

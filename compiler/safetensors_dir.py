@@ -1,4 +1,4 @@
-"""A Hugging Face model directory: config.json, tokenizer.json and safetensors weights, in one file or in shards."""
+"""A Hugging Face model directory: config.json, tokenizer.json, safetensors weights in one file or shards."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -42,8 +42,8 @@ class SafetensorsTensor(Tensor):
 def open_safetensors_dir(path: Path, *, kind: str, name: str) -> Checkpoint:
     """Open the directory `path` without reading a weight.
 
-    Raises DsoptError for: a missing or malformed file, pickled or quantized weights, an index that names files
-    outside the directory, a missing or truncated shard, a dtype other than F32, F16 and BF16.
+    Raises DsoptError for: a missing or malformed file, pickled or quantized weights, an index that names
+    files elsewhere, a missing or truncated shard, a dtype other than F32, F16 and BF16.
     """
     config = read_json(path / "config.json")
     if "quantization_config" in config:
@@ -79,8 +79,8 @@ def _tokenizer_files(path: Path) -> dict[str, bytes]:
     if not (path / "tokenizer.json").exists():
         has = " (only a SentencePiece tokenizer.model)" if (path / "tokenizer.model").exists() else ""
         raise DsoptError(
-            f"{path} has no tokenizer.json{has}; transformers' AutoTokenizer.from_pretrained(...).save_pretrained "
-            "writes one"
+            f"{path} has no tokenizer.json{has}; "
+            "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one"
         )
     files = {}
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -93,7 +93,7 @@ def _tokenizer_files(path: Path) -> dict[str, bytes]:
 
 
 def _chat_template(path: Path) -> str | None:
-    """The template of its own file, else that of tokenizer_config.json, where it may be a list of named ones."""
+    """The template of its own file, else that of tokenizer_config.json, which may be a list of named ones."""
     if (path / "chat_template.jinja").exists():
         try:
             return (path / "chat_template.jinja").read_text("utf-8")
@@ -171,7 +171,7 @@ def _open_shard(path: Path) -> dict[str, SafetensorsTensor]:
 
 
 def _declare(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> SafetensorsTensor:
-    # Other types are found among buffers that no layer multiplies by (masks, position ids): let those stand unread.
+    # Other types are found among buffers that no layer multiplies by (masks, positions): those stand unread.
     if dtype not in _ITEM_BYTES and name.endswith(".weight"):
         raise DsoptError(_unreadable(path, name, dtype))
     nbytes = int(np.prod(shape, dtype=np.int64)) * _ITEM_BYTES.get(dtype, 1)

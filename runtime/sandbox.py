@@ -11,11 +11,12 @@ from functools import wraps
 from typing import Any
 
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.filters import FILTERS
 from jinja2.nodes import EvalContext
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro
+from jinja2.runtime import Context, Macro, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace, pass_environment, pass_eval_context
 from jinja2.visitor import NodeTransformer
@@ -139,6 +140,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(obj, str):
             return attr in _STRING_METHODS
         return not isinstance(obj, (bytes, int, float)) and super().is_safe_attribute(obj, attr, value)
+
+    def unsafe_undefined(self, obj: Any, attribute: str) -> Undefined:
+        """Jinja would print nothing and fail only on use; a template that tries this fails at once."""
+        raise SecurityError(f"{attribute!r} of a {type(obj).__name__} is out of reach of a template")
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """`str.format` with the sandbox's rules and metered, None for other values."""

@@ -1,7 +1,8 @@
 """Chat templates: Hugging Face's dialect, and nothing that a hostile one can do but fail in one line."""
 
+import re
+import sys
 import time
-import tracemalloc
 from typing import Any
 
 import pytest
@@ -55,7 +56,8 @@ LLAMA = """{{- bos_token }}
 {{ block | upper }} {{ '%s of %d%%' % ('a', 3) }} {{ '{:>5}|{}'.format('r', 1) }} {{ messages | length }}
 {{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content') | list }}
 {{ messages[-1].content.split('x') }} {{ 'a-b'.replace('-', '+') }} {{ range(3) | sum }} {{ dict(a=1)['a'] }}
-{{ [3, 1] | sort | first }} {{ 'abc'[::-1] }} {{ 7 // 2 }} {{ undefined_name }}{{ '-' * 30 }} {{ 3 in [1, 3] }}"""
+{{ [3, 1] | sort | first }} {{ 'abc'[::-1] }} {{ 7 // 2 }}
+{{ undefined_name }}{{ '-' * 30 }} {{ 3 in [1, 3] }}"""
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA])
@@ -74,10 +76,8 @@ def test_tojson_escapes_neither_html_nor_unicode() -> None:
 
 
 def test_the_date_is_todays() -> None:
-    assert render_chat("{{ strftime_now('%Y') }}", []) in (
-        time.strftime("%Y"),
-        str(int(time.strftime("%Y")) + 1),
-    )
+    before = time.strftime("%F")
+    assert render_chat("{{ strftime_now('%F') }}", []) in (before, time.strftime("%F"))
 
 
 def test_variables_reach_the_template_but_do_not_replace_the_messages() -> None:
@@ -110,8 +110,6 @@ def test_a_refusal_is_told_in_the_templates_words() -> None:
     ],
 )
 def test_a_wrong_template_fails_with_its_line(template: str, message: str) -> None:
-    import re
-
     assert re.search(message, fails(template))
 
 
@@ -119,17 +117,19 @@ def test_a_wrong_template_fails_with_its_line(template: str, message: str) -> No
     "template",
     [
         "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-        "{{ ''['__class__'] }}{{ ''['__class__'].x }}",
-        "{{ (messages | attr('__class__')).x }}",
+        "{{ ''.__class__ }}",
+        "{{ ''['__class__'] }}",
+        "{{ messages | attr('__class__') }}",
+        "{{ messages | map(attribute='__class__') | list }}",
+        "{{ [messages] | sort(attribute='__class__') }}",
         "{{ raise_exception.__globals__['x'] }}",
         "{{ '{0.__class__.__mro__}'.format(1) }}",
         "{{ '{0.__class__}'.format_map({'0': 1}) }}",
         "{{ messages.append(1) }}",
         "{{ messages[0].update(a=1) }}",
         "{{ namespace.__init__.__globals__ }}",
-        "{{ cycler.__init__ }}",
-        "{{ self._TemplateReference__context.x }}",
-        "{% macro m() %}{% endmacro %}{{ m.__call__.x }}",
+        "{{ self._TemplateReference__context }}",
+        "{% macro m() %}{% endmacro %}{{ m.__call__ }}",
     ],
 )
 def test_there_is_no_way_out(template: str) -> None:
@@ -142,13 +142,13 @@ GREEDY = [
     "{% for i in range(10 ** 9) %}{% endfor %}",
     "{{ 'a' * 10 ** 10 }}",
     "{{ [1] * 10 ** 9 }}",
-    "{{ 10 ** 10 ** 9 }}",
+    "{{ 10 ** (10 ** 9) }}",
     "{% set ns = namespace(n=3) %}{% for i in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
     "{% set ns = namespace(s='ab') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     "{% set ns = namespace(s='ab') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
     "{% set ns = namespace(s='ab') %}{% for i in range(99) %}"
     "{% set b %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = b %}{% endfor %}",
-    "{% set ns = namespace(l=[]) %}{% for i in range(99) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
+    "{% set ns = namespace(l=1) %}{% for i in range(99) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
     "{% set ns = namespace(l={}) %}{% for i in range(99) %}"
     "{% set ns.l = dict(a=ns.l, b=ns.l).values() %}{% endfor %}{{ ns.l }}",
     "{% macro pair() %}{% set ns.l = varargs %}{% endmacro %}{% set ns = namespace(l='x') %}"
@@ -165,6 +165,7 @@ GREEDY = [
     "{{ 'a' | indent(10 ** 10, true) }}",
     "{{ ['a'] | tojson(indent=10 ** 9) }}",
     "{{ ['a'] | batch(10 ** 9, 'x') | list }}",
+    "{{ ['a'] | slice(10 ** 9) | list }}",
     "{{ '%9999999999d' % 1 }}",
     "{{ '%*d' % (10 ** 9, 1) }}",
     "{{ '%9999999999d' | format(1) }}",
@@ -185,15 +186,12 @@ GREEDY = [
 
 @pytest.mark.parametrize("template", GREEDY)
 def test_what_grows_without_bound_is_stopped(template: str) -> None:
-    tracemalloc.start()
-    began = time.thread_time()
-    try:
-        fails(template)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    resource = pytest.importorskip("resource")
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()
+    fails(template)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert time.thread_time() - began < 5
-    assert peak < 300e6
+    assert after - before < (300e6 if sys.platform == "darwin" else 300e3)  # bytes there, KiB elsewhere
 
 
 @pytest.mark.parametrize(

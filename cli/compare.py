@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def compare_command() -> None:
+    """placeholder"""

@@ -1,0 +1,5 @@
+"""placeholder"""
+
+
+def generate_command() -> None:
+    """placeholder"""

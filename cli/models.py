@@ -1,0 +1,59 @@
+"""Which compiled model a command means, and where compiled models are kept."""
+
+import os
+import sys
+from pathlib import Path
+
+from dsopt.runtime.artifact import MANIFEST, Artifact, open_artifact
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.files import cache_dir, write_atomically
+
+BUILT_IN = "smollm2"
+
+
+def default_directory(name: str, recipe: str) -> Path:
+    """Where `dsopt compile` puts a model unless told: `artifacts/NAME-RECIPE` in the cache."""
+    return cache_dir() / "artifacts" / f"{name}-{recipe.replace(',', '+').replace('=', '-')}"
+
+
+def remember_last(directory: Path) -> None:
+    write_atomically(cache_dir() / "last", os.fsencode(directory.absolute()))
+
+
+def find_artifact(model: Path | None) -> Artifact:
+    """The model asked for; else $DSOPT_MODEL; else the one compiled last; else the built-in one, compiled now.
+
+    What was chosen without being asked for is said on stderr. Raises DsoptError where the choice cannot be read.
+    """
+    if model is not None:
+        return open_artifact(model)
+    if named := os.environ.get("DSOPT_MODEL"):
+        return open_artifact(Path(named).expanduser())
+    last = _last()
+    if last is None:
+        print(f"dsopt: no model compiled yet; compiling the built-in {BUILT_IN}", file=sys.stderr)
+        from dsopt.cli.compile import compile_model
+
+        last = compile_model(BUILT_IN)
+    else:
+        print(f"dsopt: using {last}", file=sys.stderr)
+    return open_artifact(last)
+
+
+def _last() -> Path | None:
+    try:
+        path = Path(os.fsdecode((cache_dir() / "last").read_bytes()))
+    except OSError:
+        return None
+    return path if (path / MANIFEST).is_file() else None
+
+
+def check_overwrite(directory: Path, *, force: bool) -> None:
+    """Raises DsoptError when `directory` exists and may not be replaced."""
+    if not directory.exists() or (force and (directory / MANIFEST).is_file()):
+        return
+    if force and directory.is_dir() and not any(directory.iterdir()):
+        return
+    if force:
+        raise DsoptError(f"{directory}: exists and is no compiled model; --force replaces only those")
+    raise DsoptError(f"{directory}: exists already; choose another -o, or --force to replace it")
