@@ -75,7 +75,7 @@ def find_architecture(header: Header) -> tuple[str, Architecture]:
         raise DsoptError(
             f"GGUF architecture {name!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
         )
-    if int(header.metadata.get("split.count", 0)) > 1:
+    if header.metadata.get("split.count", 1) not in (0, 1):
         raise DsoptError("the GGUF file is one of several parts; join them with `llama-gguf-split --merge`")
     return name, ARCHITECTURES[name]
 

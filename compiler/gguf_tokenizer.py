@@ -48,7 +48,8 @@ def build_tokenizer(vocabulary: Vocabulary) -> Tokenizer:
     except DsoptError:
         raise
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise DsoptError(f"the GGUF file's tokenizer contradicts itself: {error}") from error
+        first_line = str(error).partition("\n")[0]
+        raise DsoptError(f"the GGUF file's tokenizer contradicts itself: {first_line}") from error
     for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True):
         if kind in (CONTROL, UNKNOWN):
             tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True)])

@@ -53,6 +53,16 @@ class Vocabulary:
         return self.tokens[self.roles[role]] if role in self.roles else None
 
     def __post_init__(self) -> None:
+        for name, entries, kind in (
+            ("tokens", self.tokens, str),
+            ("token_type", self.kinds, int),
+            ("scores", self.scores, float),
+            ("merges", self.merges, str),
+        ):
+            if not all(type(entry) is kind for entry in entries):
+                raise DsoptError(
+                    f"the GGUF file's tokenizer.ggml.{name} is not a list of {kind.__name__} alone"
+                )
         count = len(self.tokens)
         if not count or len(set(self.tokens)) != count:
             raise DsoptError(f"the GGUF file's vocabulary is empty or has a token twice ({count} tokens)")

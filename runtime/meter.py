@@ -13,7 +13,7 @@ from dsopt.runtime.errors import DsoptError
 CPU_SECONDS = 10.0
 _VALUE = 1 << 24  # weight of one value, beside what the messages weigh
 _TOTAL = 1 << 28  # weight of all values made, garbage included
-_ITEM = 64  # weight of an item in a list or dict, about its bytes; a character weighs 1
+_ITEM = 256  # weight of an item in a list or dict, as it may print; a character weighs 1
 _BITS = 1 << 16  # of an integer
 _WIDTH = 256  # the largest padding, indentation or precision
 

@@ -83,7 +83,7 @@ class Sampler:
             return _largest(logits)
         tokens, probabilities = self._truncate(logits)
         mass = np.cumsum(probabilities)
-        # The first token whose cumulated mass exceeds u: a token of probability 0 never does.
+        # The first token whose cumulated mass exceeds u < 1 of the whole.
         chosen = np.searchsorted(mass, self._random.random() * mass[-1], side="right")
         return int(tokens[chosen])
 
@@ -115,9 +115,9 @@ class Sampler:
         penalty, last = self.options.repeat_penalty, self.options.repeat_last_n
         if penalty == 1 or last == 0 or len(history) == 0:
             return logits
-        recent = np.unique(np.asarray(history if last < 0 else history[-last:], dtype=np.int64))
+        recent = np.asarray(history if last < 0 else history[-last:], dtype=np.int64)
         logits = logits.copy()
-        seen = logits[recent]
+        seen = logits[recent]  # read first, so that a token that is there twice is penalised once
         logits[recent] = np.where(seen > 0, seen / penalty, seen * penalty)
         return logits
 

@@ -50,8 +50,6 @@ class _Metering(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
         node.body.insert(0, nodes.ExprStmt(_through("tick"), lineno=node.lineno))
-        if node.test is not None:
-            node.test = nodes.And(_through("tick"), node.test)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:

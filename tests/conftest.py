@@ -1,5 +1,7 @@
 """Shared by all tests: a cache of their own, tiny random Llama checkpoints, and the built-in model."""
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +19,8 @@ from dsopt.runtime.files import cache_dir
 USER_CACHE = cache_dir()
 
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CONFIG = {
@@ -40,11 +43,10 @@ CONFIG = {
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes the user's cache."""
     monkeypatch.setenv("DSOPT_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.delenv("DSOPT_MODEL", raising=False)
-    yield
 
 
 @pytest.fixture(scope="session")
@@ -89,32 +91,45 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")]
+    )
     return tokenizer
+
+
+def write_tiny_llama(
+    folder: Path,
+    *,
+    dtype: str = "F32",
+    shards: int = 1,
+    tied: bool = True,
+    seed: int = 0,
+    tokenizer: Tokenizer | None = None,
+    **config: Any,
+) -> Path:
+    """A Hugging Face directory of a tiny random Llama; `config` overrides CONFIG."""
+    config = {**CONFIG, "tie_word_embeddings": tied, **config}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (tokenizer or byte_tokenizer()).save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "chat_template": TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    kind: Any = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[dtype]
+    save_shards(folder, {n: w.astype(kind) for n, w in tiny_weights(config, seed).items()}, shards)
+    return folder
 
 
 @pytest.fixture
 def tiny_llama_dir(tmp_path: Path) -> Callable[..., Path]:
-    """A factory of Hugging Face directories: `tiny_llama_dir(dtype="BF16", shards=2, tied=False, **config)`."""
+    """A factory of Hugging Face directories: `tiny_llama_dir(dtype="BF16", shards=2, tied=False)`."""
 
-    def make(
-        name: str = "tiny", *, dtype: str = "F32", shards: int = 1, tied: bool = True, seed: int = 0, **config: Any
-    ) -> Path:
-        config = {**CONFIG, "tie_word_embeddings": tied, **config}
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "config.json").write_text(json.dumps(config))
-        byte_tokenizer().save(str(folder / "tokenizer.json"))
-        settings = {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": "<|im_start|>",
-            "eos_token": "<|im_end|>",
-            "chat_template": TEMPLATE,
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-        kind: Any = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}[dtype]
-        save_shards(folder, {n: w.astype(kind) for n, w in tiny_weights(config, seed).items()}, shards)
-        return folder
+    def make(name: str = "tiny", **options: Any) -> Path:
+        return write_tiny_llama(tmp_path / name, **options)
 
     return make
 
@@ -129,4 +144,83 @@ def save_shards(folder: Path, weights: dict[str, np.ndarray], shards: int) -> No
         shard = f"model-{index + 1:05}-of-{shards:05}.safetensors"
         save_file({n: weights[n] for n in names[index::shards]}, folder / shard, {"format": "pt"})
         weight_map |= dict.fromkeys(names[index::shards], shard)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+
+
+@pytest.fixture(scope="session")
+def compile_tiny(tmp_path_factory: pytest.TempPathFactory, exported_once: None) -> Callable[..., Path]:
+    """A factory of compiled tiny Llamas: `compile_tiny("int4", **options of write_tiny_llama)`."""
+
+    def make(recipe: str = "none", **options: Any) -> Path:
+        from dsopt.compiler import build
+        from dsopt.compiler.checkpoint import open_checkpoint
+        from dsopt.compiler.recipe import Recipe
+
+        folder = tmp_path_factory.mktemp("tiny")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("DSOPT_CACHE", str(folder / "cache"))
+            checkpoint = open_checkpoint(str(write_tiny_llama(folder / "checkpoint", **options)))
+            build.write(build.plan(checkpoint, Recipe.parse(recipe)), folder / "artifact")
+        return folder / "artifact"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_artifact(compile_tiny: Callable[..., Path]) -> Path:
+    """A tiny Llama compiled without quantization. Only to be read."""
+    return compile_tiny("none")
+
+
+@pytest.fixture(scope="session")
+def exported_once() -> Iterator[None]:
+    """Trace each configuration once a session: a trace takes seconds, a clone of its graph none."""
+    from dsopt.compiler import build
+
+    export, made = build.export, {}
+
+    def reuse(family: Any, config: Any) -> Any:
+        key = repr(
+            (family, dataclasses.replace(config, tie_word_embeddings=False))
+        )  # tying comes after the export
+        if key not in made:
+            made[key] = export(family, config)
+        return made[key].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "export", reuse)
+        yield
+
+
+@pytest.fixture
+def plan_tiny(tiny_llama_dir: Callable[..., Path], exported_once: None) -> Callable[..., Any]:
+    """`plan_tiny("int4", source=None, tied=False, **config)`: a plan for `source` or a new tiny checkpoint."""
+    from dsopt.compiler import build
+    from dsopt.compiler.checkpoint import open_checkpoint
+    from dsopt.compiler.recipe import Recipe
+
+    made = itertools.count()
+
+    def plan(recipe: str = "none", source: Path | None = None, **options: Any) -> Any:
+        source = source or tiny_llama_dir(f"source-{next(made)}", **options)
+        return build.plan(open_checkpoint(str(source)), Recipe.parse(recipe))
+
+    return plan
+
+
+@pytest.fixture
+def build_tiny(plan_tiny: Callable[..., Any], tmp_path: Path) -> Callable[..., Any]:
+    """`build_tiny(recipe, **options)`: the artifact of such a plan, opened."""
+    from dsopt.compiler import build
+    from dsopt.runtime.artifact import open_artifact
+
+    made = itertools.count()
+
+    def write(recipe: str = "none", **options: Any) -> Any:
+        out = tmp_path / f"artifact-{next(made)}"
+        build.write(plan_tiny(recipe, **options), out)
+        return open_artifact(out)
+
+    return write

@@ -80,6 +80,7 @@ def test_the_dummy_prefix_goes_and_later_spaces_stay() -> None:
     assert stream(tokenizer, [257, 257])[0] == ["fox", " fox", ""]
     assert stream(tokenizer, [256, 258, 258, 257])[0] == ["", "", " ", " fox", ""]
     assert stream(tokenizer, [259, 257])[0] == [" ", " fox", ""]
+    assert stream(tokenizer, [9999, 257])[0] == ["", "fox", ""]  # an id that pads the vocabulary
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,10 @@ GREEDY = [
     "{% set ns = namespace(s='ab') %}{% for i in range(99) %}{% set ns.s = ns.s + ns.s %}{% endfor %}",
     "{% set ns = namespace(s='ab') %}{% for i in range(99) %}"
     "{% set b %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = b %}{% endfor %}",
-    "{% set ns = namespace(l=1) %}{% for i in range(99) %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
+    "{% set ns = namespace(l=1) %}{% for i in 'a' * 99 %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
+    "{% set ns = namespace(l=1) %}{% for i in 'a' * 99 %}{% set ns.l = (ns.l, ns.l) %}{% endfor %}{{ ns.l }}",
+    "{% set ns = namespace(l=1) %}{% for i in 'a' * 99 %}"
+    "{% set ns.l = {1: ns.l, 2: ns.l} %}{% endfor %}{{ ns.l }}",
     "{% set ns = namespace(l={}) %}{% for i in range(99) %}"
     "{% set ns.l = dict(a=ns.l, b=ns.l).values() %}{% endfor %}{{ ns.l }}",
     "{% macro pair() %}{% set ns.l = varargs %}{% endmacro %}{% set ns = namespace(l='x') %}"
@@ -161,6 +164,8 @@ GREEDY = [
     "{{ ('a' * 10 ** 6).join(range(10 ** 5) | map('string')) }}",
     "{{ range(10 ** 5) | join('a' * 10 ** 6) }}",
     "{{ 'a'.center(10 ** 10) }}",
+    "{{ ('\t' * 1000).expandtabs(10 ** 6) }}",
+    "{{ ('a' * 10 ** 4).translate({97: 'b' * 10 ** 5}) }}",
     "{{ 'a' | center(10 ** 10) }}",
     "{{ 'a' | indent(10 ** 10, true) }}",
     "{{ ['a'] | tojson(indent=10 ** 9) }}",
@@ -197,8 +202,8 @@ def test_what_grows_without_bound_is_stopped(template: str) -> None:
 @pytest.mark.parametrize(
     "template",
     [
-        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "{% for i in range(99999) %}{% for j in range(99999) if false %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) %}{% for i in r %}{% for j in r if false %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% for i in range(99999) %}{{ 'a' * 99999 in 'b' * 99999 }}{% endfor %}",
     ],
