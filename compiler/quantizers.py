@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 # How far beyond the largest magnitude the code range may reach, or stop short of it (then that weight is clipped).
-_SYMMETRIC_GRID = {4: (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.81, 0.77), 8: (1.0,)}
-_ASYMMETRIC_GRID = {4: (1.0, 0.95, 0.9, 0.85, 0.8), 8: (1.0,)}
+_SYMMETRIC_GRID = {4: (1.1, 1.05, 1.0, 0.94, 0.88, 0.8), 8: (1.0,)}
+_ASYMMETRIC_GRID = {4: (1.0, 0.93, 0.86), 8: (1.0,)}
 _CHUNK = 1 << 17  # elements a thread works on at a time: its temporaries stay in the L2 cache
 
 

@@ -14,6 +14,7 @@ class _AddThenNorm(pattern.RewriteRuleClassBase):
         normed, _mean, _deviation, total = op.SkipSimplifiedLayerNormalization(
             x, y, gamma, epsilon=epsilon, _domain="com.microsoft", _outputs=4
         )
+        normed.producer().name = norm.producer().name.replace("/RMS", "/SkipRMS")
         return normed, total
 
 

@@ -11,13 +11,15 @@ MICROSOFT = "com.microsoft"
 
 class _TransposedMatMul(pattern.RewriteRuleClassBase):
     def pattern(self, op, x, weight):  # type: ignore[no-untyped-def]
-        return op.MatMul(x, op.Transpose(weight, perm=[1, 0]))
+        return op.MatMul(x, op.Transpose(weight, perm=[1, 0]), _outputs=["product"])
 
     def check(self, context, x, weight, **_):  # type: ignore[no-untyped-def]
         return weight.is_initializer()
 
-    def rewrite(self, op, x, weight, **_):  # type: ignore[no-untyped-def]
-        return op.FusedMatMul(x, weight, transB=1, _domain=MICROSOFT)
+    def rewrite(self, op, x, weight, product, **_):  # type: ignore[no-untyped-def]
+        fused = op.FusedMatMul(x, weight, transB=1, _domain=MICROSOFT)
+        fused.producer().name = product.producer().name.replace("/MatMul", "/FusedMatMul")
+        return fused
 
 
 class NormalizeLinears(ir.passes.InPlacePass):

@@ -1,0 +1,8 @@
+#!/bin/sh
+# From a fresh clone to an answer: makes an environment, installs dsopt, compiles the built-in model and streams.
+#   sh samples/quickstart.sh "Why is the sky blue?"
+set -eu
+cd "$(dirname "$0")/.."
+sh .ci/environment
+model=$(.venv/bin/dsopt compile smollm2)
+exec .venv/bin/dsopt generate -m "$model" -- "${1:-What is the capital of France?}"
