@@ -1,5 +1,264 @@
-"""placeholder"""
+"""dsopt bench: the speed of a compiled model, with llama-bench's work, names and fields."""
+
+import itertools
+import platform
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dsopt.cli import report
+from dsopt.cli.models import find_artifact
+from dsopt.cli.progress import progress_bar
+from dsopt.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from dsopt.runtime.measure import Measurement, Workload
+    from dsopt.runtime.session import Session
+
+_RANGE = re.compile(r"(\d+)-(\d+)(?:([+*])(\d+))?")
+_FEW = 3  # with fewer repetitions a deviation says little
 
 
-def bench_command() -> None:
-    """placeholder"""
+def bench_command(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Compiled model. [default: $DSOPT_MODEL, else the last]"),
+    ] = None,
+    model: Annotated[Path | None, typer.Option("-m", "--model", help="The same as DIR.")] = None,
+    n_prompt: Annotated[
+        list[str],
+        typer.Option("-p", "--n-prompt", help="Prompt tokens: 512, 128,512, 128-512+128, 128-512*2."),
+    ] = ["512"],  # noqa: B006 - typer copies it
+    n_gen: Annotated[list[str], typer.Option("-n", "--n-gen", help="Generated tokens, likewise.")] = ["128"],  # noqa: B006
+    pairs: Annotated[
+        list[str],
+        typer.Option("-pg", metavar="P,N", help="Also P prompt and N generated tokens in one test."),
+    ] = [],  # noqa: B006
+    n_depth: Annotated[
+        list[str], typer.Option("-d", "--n-depth", help="Tokens in the cache before each test, likewise.")
+    ] = ["0"],  # noqa: B006
+    repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Runs of each test.")] = 5,
+    threads: Annotated[
+        int | None,
+        typer.Option("-t", "--threads", help="Threads. [default: physical cores]", show_default=False),
+    ] = None,
+    output: Annotated[
+        Literal["md", "csv", "json", "jsonl"], typer.Option("-o", "--output", help="Form of the output.")
+    ] = "md",
+) -> None:
+    """Measure prompt processing (pp) and text generation (tg), in tokens a second.
+
+    Random token ids, no tokenizer, no sampling, one warm-up run that does not count: comparable with
+    llama-bench.
+    """
+    if directory is not None and model is not None and directory != model:
+        raise UsageError(f"two models, {directory} and -m {model}; bench takes one")
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads is {threads}; 1 or more")
+    if repetitions < 1:
+        raise UsageError(f"-r is {repetitions}; 1 or more repetitions")
+    workloads = _workloads(n_prompt, n_gen, pairs, n_depth)
+    artifact = find_artifact(directory or model)
+    from dsopt.runtime.measure import check_context
+    from dsopt.runtime.session import Session
+
+    check_context(workloads, artifact.manifest.model["context_length"])
+    session = Session(artifact, threads=threads)
+    for line in _print(session, workloads, repetitions, output):
+        print(line, flush=True)
+    if repetitions < _FEW and output == "md":
+        print(
+            f"dsopt: ± of {repetitions} repetition{'s' * (repetitions > 1)} says little; -r 3 or more",
+            file=sys.stderr,
+        )
+
+
+def _workloads(
+    prompts: Sequence[str], generated: Sequence[str], pairs: Sequence[str], depths: Sequence[str]
+) -> "list[Workload]":
+    """Every combination, in llama-bench's order: at each depth the prompts, the generations, the pairs."""
+    from dsopt.runtime.measure import Workload
+
+    shapes = [(p, 0) for p in _numbers("-p", prompts) if p] + [(0, n) for n in _numbers("-n", generated) if n]
+    for pair in pairs:
+        match = re.fullmatch(r"(\d+),(\d+)", pair)
+        if match is None:
+            raise UsageError(f"-pg is {pair!r}; prompt and generated tokens, as 512,128")
+        shapes.append((int(match[1]), int(match[2])))
+    if not shapes:
+        raise UsageError("nothing to measure: -p and -n are 0 and there is no -pg")
+    return [Workload(p, n, depth) for depth in _numbers("-d", depths) for p, n in shapes]
+
+
+def _numbers(option: str, texts: Sequence[str]) -> list[int]:
+    """`128,256` and ranges `first-last`, `first-last+step`, `first-last*factor`."""
+    return list(
+        itertools.chain.from_iterable(_range(option, part) for text in texts for part in text.split(","))
+    )
+
+
+def _range(option: str, text: str) -> list[int]:
+    if text.isascii() and text.isdigit():
+        return [int(text)]
+    match = _RANGE.fullmatch(text)
+    if match is None:
+        raise UsageError(
+            f"{option} is {text!r}; a number of tokens, or a list or range as 128,256 or 128-512+128"
+        )
+    first, last, kind, step = int(match[1]), int(match[2]), match[3] or "+", int(match[4] or 1)
+    if first > last or step < (2 if kind == "*" else 1) or (kind == "*" and first == 0):
+        raise UsageError(f"{option} is {text!r}: this range does not rise to its end")
+    numbers = [first]
+    while (following := numbers[-1] * step if kind == "*" else numbers[-1] + step) <= last:
+        numbers.append(following)
+    return numbers
+
+
+def _print(
+    session: "Session", workloads: "Sequence[Workload]", repetitions: int, output: str
+) -> Iterator[str]:
+    records = _records(session, workloads, repetitions)
+    if output == "csv":
+        yield from report.csv_lines(records)
+    elif output == "jsonl":
+        yield from report.json_lines(records)
+    elif output == "json":
+        yield report.json_text(list(records))
+    else:
+        yield from _markdown(session, workloads, records)
+
+
+def _records(
+    session: "Session", workloads: "Sequence[Workload]", repetitions: int
+) -> Iterator[dict[str, Any]]:
+    from dsopt.runtime.measure import Bench
+
+    setting, bench = _setting(session), Bench(session)
+    for workload in workloads:
+        with progress_bar(workload.name, count=True) as progress:  # gone before its row is printed
+            measurement = bench.measure(workload, repetitions, progress)
+        yield {**setting, **_result(measurement)}
+
+
+def _setting(session: "Session") -> dict[str, Any]:
+    """What all rows of a run have in common. `build_commit` is dsopt's version: a wheel knows no commit."""
+    import onnxruntime
+
+    from dsopt.runtime.session import PREFILL_CHUNK
+
+    artifact, manifest = session.artifact, session.artifact.manifest
+    parameters = manifest.model["parameters"]
+    return {
+        "build_commit": version("dsopt"),
+        "build_number": 0,
+        "cpu_info": _cpu(),
+        "gpu_info": "",
+        "backends": "ORT-CPU",
+        "model_filename": str(artifact.directory),
+        "model_type": f"{manifest.family} {_rounded(parameters)} {manifest.recipe}",
+        "model_size": artifact.size,
+        "model_n_params": parameters,
+        "n_batch": PREFILL_CHUNK,
+        "n_ubatch": PREFILL_CHUNK,
+        "n_threads": session.threads,
+        "type_k": "f32",
+        "type_v": "f32",
+        "n_gpu_layers": 0,
+        "flash_attn": False,
+        "devices": "CPU",
+        "use_mmap": True,
+        "embeddings": False,
+        "dsopt_version": version("dsopt"),
+        "dsopt_ort_version": onnxruntime.__version__,
+        "dsopt_recipe": manifest.recipe,
+    }
+
+
+def _result(measurement: "Measurement") -> dict[str, Any]:
+    from dsopt.runtime.measure import mean_and_deviation
+
+    workload = measurement.workload
+    avg_ns, stddev_ns = mean_and_deviation(measurement.samples_ns)
+    avg_ts, stddev_ts = mean_and_deviation(measurement.samples_ts)
+    return {
+        "n_prompt": workload.prompt,
+        "n_gen": workload.generate,
+        "n_depth": workload.depth,
+        "test_time": measurement.started.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "avg_ns": round(avg_ns),
+        "stddev_ns": round(stddev_ns),
+        "avg_ts": avg_ts,
+        "stddev_ts": stddev_ts,
+        "samples_ns": measurement.samples_ns,
+        "samples_ts": measurement.samples_ts,
+        "dsopt_test": workload.name,
+        "dsopt_ttft_ms": measurement.ttft_ms,
+        "dsopt_itl_ms_p50": measurement.itl_ms(50),
+        "dsopt_itl_ms_p95": measurement.itl_ms(95),
+        "dsopt_peak_rss": _peak_rss(),
+    }
+
+
+def _markdown(
+    session: "Session", workloads: "Sequence[Workload]", records: Iterator[dict[str, Any]]
+) -> Iterator[str]:
+    setting = _setting(session)
+    fixed = [
+        setting["model_type"],
+        report.size(setting["model_size"]),
+        report.count(setting["model_n_params"]),
+    ]
+    columns = [
+        report.Column("model", len(fixed[0]), right=False),
+        report.Column("size", len(fixed[1])),
+        report.Column("params", len(fixed[2])),
+        report.Column("backend", right=False),
+        report.Column("threads"),
+        report.Column("test", max(15, *(len(workload.name) for workload in workloads))),
+        report.Column("t/s", 20),
+    ]
+    rows = (
+        [
+            *fixed,
+            r["backends"],
+            str(r["n_threads"]),
+            r["dsopt_test"],
+            f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}",
+        ]
+        for r in records
+    )
+    yield from report.markdown(columns, rows)
+    yield ""
+    yield f"build: dsopt {setting['dsopt_version']} (onnxruntime {setting['dsopt_ort_version']})"
+
+
+def _rounded(parameters: int) -> str:
+    """134515008 as 135M, as models are called."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if parameters >= size:
+            return f"{parameters / size:.3g}{unit}"
+    return str(parameters)
+
+
+def _cpu() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return match[1].strip() if match else platform.machine()
+
+
+def _peak_rss() -> int | None:
+    """Bytes, of this process so far; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

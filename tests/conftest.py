@@ -196,7 +196,7 @@ def exported_once() -> Iterator[None]:
 
 @pytest.fixture
 def plan_tiny(tiny_llama_dir: Callable[..., Path], exported_once: None) -> Callable[..., Any]:
-    """`plan_tiny("int4", source=None, tied=False, **config)`: a plan for `source` or a new tiny checkpoint."""
+    """`plan_tiny("int4", source=None, tied=False, **config)`: for `source` or a new tiny checkpoint."""
     from dsopt.compiler import build
     from dsopt.compiler.checkpoint import open_checkpoint
     from dsopt.compiler.recipe import Recipe
