@@ -97,9 +97,7 @@ def _workloads(
 
 def _numbers(option: str, texts: Sequence[str]) -> list[int]:
     """`128,256` and ranges `first-last`, `first-last+step`, `first-last*factor`."""
-    return list(
-        itertools.chain.from_iterable(_range(option, part) for text in texts for part in text.split(","))
-    )
+    return list(itertools.chain.from_iterable(_range(option, part) for text in texts for part in text.split(",")))
 
 
 def _range(option: str, text: str) -> list[int]:
@@ -107,9 +105,7 @@ def _range(option: str, text: str) -> list[int]:
         return [int(text)]
     match = _RANGE.fullmatch(text)
     if match is None:
-        raise UsageError(
-            f"{option} is {text!r}; a number of tokens, or a list or range as 128,256 or 128-512+128"
-        )
+        raise UsageError(f"{option} is {text!r}; a number of tokens, or a list or range as 128,256 or 128-512+128")
     first, last, kind, step = int(match[1]), int(match[2]), match[3] or "+", int(match[4] or 1)
     if first > last or step < (2 if kind == "*" else 1) or (kind == "*" and first == 0):
         raise UsageError(f"{option} is {text!r}: this range does not rise to its end")
@@ -119,9 +115,7 @@ def _range(option: str, text: str) -> list[int]:
     return numbers
 
 
-def _print(
-    session: "Session", workloads: "Sequence[Workload]", repetitions: int, output: str
-) -> Iterator[str]:
+def _print(session: "Session", workloads: "Sequence[Workload]", repetitions: int, output: str) -> Iterator[str]:
     records = _records(session, workloads, repetitions)
     if output == "csv":
         yield from report.csv_lines(records)
@@ -133,9 +127,7 @@ def _print(
         yield from _markdown(session, workloads, records)
 
 
-def _records(
-    session: "Session", workloads: "Sequence[Workload]", repetitions: int
-) -> Iterator[dict[str, Any]]:
+def _records(session: "Session", workloads: "Sequence[Workload]", repetitions: int) -> Iterator[dict[str, Any]]:
     from dsopt.runtime.measure import Bench
 
     setting, bench = _setting(session), Bench(session)
@@ -204,9 +196,7 @@ def _result(measurement: "Measurement") -> dict[str, Any]:
     }
 
 
-def _markdown(
-    session: "Session", workloads: "Sequence[Workload]", records: Iterator[dict[str, Any]]
-) -> Iterator[str]:
+def _markdown(session: "Session", workloads: "Sequence[Workload]", records: Iterator[dict[str, Any]]) -> Iterator[str]:
     setting = _setting(session)
     fixed = [
         setting["model_type"],

@@ -36,9 +36,7 @@ def compare_command(
         int | None,
         typer.Option("-t", "--threads", help="Threads. [default: physical cores]", show_default=False),
     ] = None,
-    output: Annotated[
-        Literal["md", "json"], typer.Option("-o", "--output", help="Form of the output.")
-    ] = "md",
+    output: Annotated[Literal["md", "json"], typer.Option("-o", "--output", help="Form of the output.")] = "md",
 ) -> None:
     """Print llama-perplexity's quantities: perplexity, KL divergence, right token, same top token.
 
@@ -83,9 +81,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise DsoptError(
-            f"{path} could not be read ({error.strerror}); --text names a UTF-8 text file"
-        ) from error
+        raise DsoptError(f"{path} could not be read ({error.strerror}); --text names a UTF-8 text file") from error
     except UnicodeDecodeError as error:
         raise DsoptError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
 
@@ -150,9 +146,7 @@ def _tokenizer(name: str, checkpoint: "Checkpoint") -> "Tokenizer":
         raise DsoptError(f"{name}: tokenizer.json is not a readable tokenizer ({error})") from error
 
 
-def _windows(
-    base: _Model, new: _Model, text: Path, ctx: int, chunks: int | None
-) -> "list[NDArray[np.int64]]":
+def _windows(base: _Model, new: _Model, text: Path, ctx: int, chunks: int | None) -> "list[NDArray[np.int64]]":
     """The text in windows of `ctx` ids. Raises DsoptError where the models cannot both be asked."""
     from dsopt.runtime.quality import cut_windows
 

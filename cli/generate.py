@@ -52,27 +52,19 @@ class Output:
 
 
 def generate_command(
-    prompt: Annotated[
-        str | None, typer.Argument(help='The prompt; "-" is stdin. Piped text stands before it.')
-    ] = None,
+    prompt: Annotated[str | None, typer.Argument(help='The prompt; "-" is stdin. Piped text stands before it.')] = None,
     model: Annotated[
         Path | None,
-        typer.Option(
-            "-m", "--model", help="Compiled model. [default: $DSOPT_MODEL, else the one compiled last]"
-        ),
+        typer.Option("-m", "--model", help="Compiled model. [default: $DSOPT_MODEL, else the one compiled last]"),
     ] = None,
     file: Annotated[
         Path | None, typer.Option("-f", "--file", help="Read the prompt from FILE; PROMPT follows it.")
     ] = None,
-    system: Annotated[
-        str | None, typer.Option(help="System message: text, or @FILE.", metavar="TEXT|@FILE")
-    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message: text, or @FILE.", metavar="TEXT|@FILE")] = None,
     messages: Annotated[
         Path | None, typer.Option(help='JSON list of {"role", "content"} to begin with; "-" is stdin.')
     ] = None,
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without a chat template.")] = False,
     max_tokens: Annotated[
         int,
         typer.Option(
@@ -82,9 +74,7 @@ def generate_command(
             help="Tokens to answer; -1: until the context is full, 0: read only.",
         ),
     ] = 512,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given several times.")
-    ] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     temp: Annotated[float, typer.Option(help="Temperature; 0 takes the most probable token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the K most probable tokens; 0 is off.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from the fewest tokens of this probability.")] = 1.0,
@@ -93,9 +83,7 @@ def generate_command(
     repeat_last_n: Annotated[int, typer.Option(help="How many tokens are recent; -1 is all.")] = 64,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers. [default: random]")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object with text and stats.")] = False,
-    jsonl: Annotated[
-        bool, typer.Option("--jsonl", help="Print one JSON object a token, then the stats.")
-    ] = False,
+    jsonl: Annotated[bool, typer.Option("--jsonl", help="Print one JSON object a token, then the stats.")] = False,
     logprobs: Annotated[
         int | None, typer.Option(min=0, metavar="K", help="With JSON: log-probabilities, and the K best.")
     ] = None,
@@ -162,9 +150,7 @@ def _begin(model: "Model", saved: Path | None, sampling: "Sampling") -> tuple["S
     from dsopt.runtime.sampling import Sampler
     from dsopt.runtime.state import load_state
 
-    state = (
-        model.new_state() if saved is None else load_state(saved, model.artifact, model.session.new_cache())
-    )
+    state = model.new_state() if saved is None else load_state(saved, model.artifact, model.session.new_cache())
     sampler = Sampler(sampling)
     if state.sampling is not None and sampling.seed is None:
         sampler.restore(state.sampling)

@@ -1,6 +1,6 @@
 """The entry point: the commands, and the one place where errors become exit codes.
 
-    0 done | 1 could not | 2 called wrongly | 130 interrupted | 141 reader gone
+0 done | 1 could not | 2 called wrongly | 130 interrupted | 141 reader gone
 """
 
 import os

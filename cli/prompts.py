@@ -105,7 +105,7 @@ def _read_text(options: PromptOptions) -> str | None:
     if options.file is not None:
         parts.append(_read_file(str(options.file)))
     if options.argument not in (None, STDIN):
-        parts.append(_valid(str(options.argument)))
+        parts.append(_valid(str(options.argument), "PROMPT"))
     return "\n\n".join(part for part in parts if part) if parts else None
 
 
@@ -145,18 +145,17 @@ def _label(name: str) -> str:
     return "stdin" if name == STDIN else name
 
 
-def _valid(argument: str) -> str:
-    """Bytes that are no UTF-8 arrive in an argument as lone surrogates."""
+def _valid(argument: str, name: str) -> str:
+    """An argument as UTF-8: what the locale could not decode has come as lone surrogates."""
     try:
         argument.encode()
-    except UnicodeEncodeError as error:
-        before = os.fsencode(argument[: error.start])
-        raise DsoptError(f"PROMPT: not UTF-8 at byte {len(before)}; convert it, as with iconv") from error
+    except UnicodeEncodeError:
+        return _decode(os.fsencode(argument), name)
     return argument
 
 
 def _read_system(text: str) -> str:
-    return _read_file(text[1:]) if text.startswith("@") else _valid(text)
+    return _read_file(text[1:]) if text.startswith("@") else _valid(text, "--system")
 
 
 def read_messages(path: Path) -> tuple[Mapping[str, Any], ...]:
@@ -169,8 +168,6 @@ def read_messages(path: Path) -> tuple[Mapping[str, Any], ...]:
     if not isinstance(raw, list) or not raw:
         raise DsoptError(f'{_label(name)}: must be a list such as [{{"role": "user", "content": "Hi"}}]')
     for number, message in enumerate(raw, 1):
-        if not isinstance(message, dict) or not all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        ):
+        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise DsoptError(f'{_label(name)}: message {number} must have "role" and "content", both text')
     return tuple(raw)

@@ -33,9 +33,7 @@ _SIZES = {
 def inspect_command(
     path: Annotated[
         str,
-        typer.Argument(
-            help="Compiled model, Hugging Face directory or hub id, GGUF file, or a built-in name."
-        ),
+        typer.Argument(help="Compiled model, Hugging Face directory or hub id, GGUF file, or a built-in name."),
     ] = BUILT_IN,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
 ) -> None:
@@ -142,9 +140,7 @@ def _tokenizer(data: bytes) -> dict[str, Any]:
     try:
         tokenizer = json.loads(data)
         model = tokenizer["model"]
-        tokens = (
-            {*model["vocab"]} if isinstance(model["vocab"], dict) else {text for text, _ in model["vocab"]}
-        )
+        tokens = {*model["vocab"]} if isinstance(model["vocab"], dict) else {text for text, _ in model["vocab"]}
         tokens |= {token["content"] for token in tokenizer.get("added_tokens", [])}
         kind = model.get("type", "BPE")
         if '"ByteLevel"' in json.dumps(tokenizer.get("decoder")):
@@ -172,9 +168,7 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
         if rows:
             yield ""
             names = len(rows[0]) - 4
-            yield from report.aligned(
-                [list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)], names
-            )
+            yield from report.aligned([list(rows[0]), *([str(cell) for cell in row.values()] for row in rows)], names)
 
 
 def _text(name: str, value: Any) -> str:

@@ -103,8 +103,7 @@ def describe(piece: "Piece", tokenizer: "Tokenizer") -> dict[str, Any]:
     if step.logprob is not None:
         described["logprob"] = step.logprob
         described["top_logprobs"] = [
-            {"id": token, "bytes": list(tokenizer.token_bytes(token)), "logprob": value}
-            for token, value in step.top
+            {"id": token, "bytes": list(tokenizer.token_bytes(token)), "logprob": value} for token, value in step.top
         ]
     return described
 

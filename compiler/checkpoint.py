@@ -120,7 +120,5 @@ def _open_file(path: Path) -> Checkpoint:
     from dsopt.compiler.gguf import open_gguf
 
     if path.suffix == ".safetensors":
-        raise DsoptError(
-            f"{path} holds weights alone; name its directory, which has config.json and tokenizer.json"
-        )
+        raise DsoptError(f"{path} holds weights alone; name its directory, which has config.json and tokenizer.json")
     return open_gguf(path, kind="gguf", name=path.stem)

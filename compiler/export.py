@@ -111,7 +111,7 @@ class _Stitcher:
         return ir.Model(self.graph, ir_version=10, producer_name="dsopt")
 
     def _input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
-        value = ir.Input(name, ir.Shape(shape), ir.TensorType(dtype))
+        value = ir.val(name, dtype, shape)
         self.graph.inputs.append(value)
         return value
 

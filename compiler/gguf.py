@@ -53,18 +53,14 @@ class GgufTensor(Tensor):
             return self._stored(start, max(start, stop))
         first = start // self.head_dim * self.head_dim
         last = -(-stop // self.head_dim) * self.head_dim
-        return self._stored(first, max(first, last))[
-            _interleaved(np.arange(start, stop), self.head_dim) - first
-        ]
+        return self._stored(first, max(first, last))[_interleaved(np.arange(start, stop), self.head_dim) - first]
 
     def _stored(self, start: int, stop: int) -> np.ndarray:
         row = self.nbytes // self.shape[0]
         count = (stop - start) * row
         data = np.fromfile(self.path, np.uint8, count, offset=self.offset + start * row)
         if data.size != count:
-            raise DsoptError(
-                f"{self.path} was cut short after it was opened: tensor {self.name} is not all there"
-            )
+            raise DsoptError(f"{self.path} was cut short after it was opened: tensor {self.name} is not all there")
         return data.reshape(stop - start, row)
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
@@ -108,9 +104,7 @@ def _translate(path: Path, header: Header) -> tuple[dict[str, Any], dict[str, Te
         renamed.name: renamed
         for entry in header.tensors.values()
         if entry.name != _ROPE_FACTORS
-        for renamed in [
-            _declare(path, architecture.rename(entry.name), entry, _head_dim(architecture, entry, config))
-        ]
+        for renamed in [_declare(path, architecture.rename(entry.name), entry, _head_dim(architecture, entry, config))]
     }
     return config, tensors
 
@@ -127,11 +121,7 @@ def _head_dim(architecture: Architecture, entry: Entry, config: Mapping[str, Any
 
 def _declare(path: Path, name: str, entry: Entry, head_dim: int | None) -> GgufTensor:
     if entry.dtype.name not in READABLE:
-        raise DsoptError(
-            f"tensor {entry.name!r} is stored as {entry.dtype.name}; read are {', '.join(READABLE)}"
-        )
+        raise DsoptError(f"tensor {entry.name!r} is stored as {entry.dtype.name}; read are {', '.join(READABLE)}")
     if entry.nbytes % entry.shape[0]:
-        raise DsoptError(
-            f"tensor {entry.name!r} is a vector stored in blocks ({entry.dtype.name}), which is not read"
-        )
+        raise DsoptError(f"tensor {entry.name!r} is a vector stored in blocks ({entry.dtype.name}), which is not read")
     return GgufTensor(name, entry.shape, entry.dtype.name, entry.nbytes, path, entry.offset, head_dim)

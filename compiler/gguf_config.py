@@ -62,9 +62,7 @@ class Metadata:
         if kind is float and isinstance(value, int):
             value = float(value)
         if not isinstance(value, kind) or isinstance(value, bool):
-            raise DsoptError(
-                f"the GGUF file's metadata have {name} = {str(value)[:60]}, not one {kind.__name__}"
-            )
+            raise DsoptError(f"the GGUF file's metadata have {name} = {str(value)[:60]}, not one {kind.__name__}")
         return value
 
 
@@ -72,9 +70,7 @@ def find_architecture(header: Header) -> tuple[str, Architecture]:
     """The entry for `general.architecture`. Raises DsoptError that lists the known ones."""
     name = header.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise DsoptError(
-            f"GGUF architecture {name!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}"
-        )
+        raise DsoptError(f"GGUF architecture {name!r} is not supported; supported: {', '.join(sorted(ARCHITECTURES))}")
     if header.metadata.get("split.count", 1) not in (0, 1):
         raise DsoptError("the GGUF file is one of several parts; join them with `llama-gguf-split --merge`")
     return name, ARCHITECTURES[name]
@@ -82,9 +78,7 @@ def find_architecture(header: Header) -> tuple[str, Architecture]:
 
 def _llama_config(metadata: Metadata, header: Header, rope_factors: np.ndarray | None) -> dict[str, Any]:
     if metadata.get("expert_count", int, 0):
-        raise DsoptError(
-            "the GGUF file is a mixture of experts, which the architecture 'llama' does not cover here"
-        )
+        raise DsoptError("the GGUF file is a mixture of experts, which the architecture 'llama' does not cover here")
     if "token_embd.weight" not in header.tensors:
         raise DsoptError("the GGUF file has no tensor token_embd.weight; is it a whole model?")
     heads = metadata.get("attention.head_count", int)
@@ -123,9 +117,7 @@ def _head_dim(metadata: Metadata, default: int) -> int:
     return key
 
 
-def _rope_scaling(
-    metadata: Metadata, config: Mapping[str, Any], factors: np.ndarray | None
-) -> dict[str, Any] | None:
+def _rope_scaling(metadata: Metadata, config: Mapping[str, Any], factors: np.ndarray | None) -> dict[str, Any] | None:
     kind = metadata.get("rope.scaling.type", str, "none")
     if kind not in ("none", "linear"):
         raise DsoptError(f"the GGUF file's rope.scaling.type {kind!r} is not supported; none and linear are")
@@ -152,9 +144,7 @@ def _llama3_scaling(config: Mapping[str, Any], factors: np.ndarray) -> dict[str,
     keep = np.clip((turns - low) / (high - low), 0, 1)
     expected = 1 / (keep + (1 - keep) / scaling["factor"])
     if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-5):
-        raise DsoptError(
-            "the GGUF file's rope_freqs.weight is not a Llama 3.x scaling; give the original checkpoint"
-        )
+        raise DsoptError("the GGUF file's rope_freqs.weight is not a Llama 3.x scaling; give the original checkpoint")
     return scaling
 
 

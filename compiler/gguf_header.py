@@ -93,9 +93,7 @@ class _Parser:
 
     def take(self, count: int) -> bytes:
         if count > len(self.data) - self.at:
-            raise _Malformed(
-                f"cut short: {count} bytes wanted at {self.at} of {len(self.data)}; download it again"
-            )
+            raise _Malformed(f"cut short: {count} bytes wanted at {self.at} of {len(self.data)}; download it again")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -151,12 +149,8 @@ class _Parser:
     def entry(self, name: str, shape: tuple[int, ...], dtype: GGMLQuantizationType, offset: int) -> Entry:
         block, block_bytes = GGML_QUANT_SIZES[dtype]
         if shape[-1] % block:
-            raise _Malformed(
-                f"tensor {name!r}: rows of {shape[-1]} are no multiple of {dtype.name}'s block {block}"
-            )
+            raise _Malformed(f"tensor {name!r}: rows of {shape[-1]} are no multiple of {dtype.name}'s block {block}")
         nbytes = math.prod(shape) // block * block_bytes
         if (end := offset + nbytes) > len(self.data):
-            raise _Malformed(
-                f"cut short: tensor {name!r} ends at {end} of {len(self.data)}; download it again"
-            )
+            raise _Malformed(f"cut short: tensor {name!r} ends at {end} of {len(self.data)}; download it again")
         return Entry(name, shape, dtype, offset, nbytes)

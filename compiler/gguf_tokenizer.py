@@ -94,9 +94,7 @@ def _generation_config(vocabulary: Vocabulary) -> dict[str, Any]:
         if kind == CONTROL and token in _TURN_ENDS
     ]
     ends = list(dict.fromkeys([*ends, *turn_ends]))
-    config: dict[str, Any] = {
-        f"{r}_token_id": vocabulary.roles[r] for r in ("bos", "pad") if r in vocabulary.roles
-    }
+    config: dict[str, Any] = {f"{r}_token_id": vocabulary.roles[r] for r in ("bos", "pad") if r in vocabulary.roles}
     if ends:
         config["eos_token_id"] = ends[0] if len(ends) == 1 else ends
     return config

@@ -60,9 +60,7 @@ class Vocabulary:
             ("merges", self.merges, str),
         ):
             if not all(type(entry) is kind for entry in entries):
-                raise DsoptError(
-                    f"the GGUF file's tokenizer.ggml.{name} is not a list of {kind.__name__} alone"
-                )
+                raise DsoptError(f"the GGUF file's tokenizer.ggml.{name} is not a list of {kind.__name__} alone")
         count = len(self.tokens)
         if not count or len(set(self.tokens)) != count:
             raise DsoptError(f"the GGUF file's vocabulary is empty or has a token twice ({count} tokens)")

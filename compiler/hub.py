@@ -51,9 +51,7 @@ def _snapshot(repository: str) -> Path:
             f"({_first_line(error)}); give a directory or a .gguf file, or go online"
         ) from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise DsoptError(
-            f"{repository} could not be downloaded from the hub: {_first_line(error)}"
-        ) from error
+        raise DsoptError(f"{repository} could not be downloaded from the hub: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

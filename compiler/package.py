@@ -122,7 +122,11 @@ def genai_config(manifest: Manifest) -> bytes:
     model = manifest.model
     inputs = {"input_ids": "input_ids", "attention_mask": "attention_mask",
               "past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value"}  # fmt: skip
-    outputs = {"logits": "logits", "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+    outputs = {
+        "logits": "logits",
+        "present_key_names": "present.%d.key",
+        "present_value_names": "present.%d.value",
+    }
     decoder = {
         "session_options": {"log_id": "onnxruntime-genai", "log_severity_level": 3, "provider_options": []},
         "filename": GRAPH,

@@ -40,22 +40,15 @@ def quantize_blocks(
     padding = -x.shape[1] % block
     x = torch.nn.functional.pad(x, (0, padding)).unflatten(1, (-1, block))
     weight = _error_weights(x, importance, padding)
-    proposals = _asymmetric(x, bits) if zero_points else _symmetric(x, bits)
-    best_gain = torch.full(x.shape[:2], -1.0)
-    best_q = best_zero = None
-    for inverse_scale, zero in proposals:
+    best_gain, best_q, best_zero = torch.full(x.shape[:2], -1.0), torch.zeros_like(x), torch.zeros(x.shape[:2])
+    for inverse_scale, zero in _asymmetric(x, bits) if zero_points else _symmetric(x, bits):
         q = (x * inverse_scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).round_().clamp_(0, 2**bits - 1)
         q -= zero.unsqueeze(-1)
         gain = _gain(x, q, weight)
-        if best_q is None:
-            best_gain, best_q, best_zero = gain, q, zero
-            continue
         better = gain > best_gain
         best_gain = torch.where(better, gain, best_gain)
         best_q = torch.where(better.unsqueeze(-1), q, best_q)
         best_zero = torch.where(better, zero, best_zero)
-    assert best_q is not None
-    assert best_zero is not None
     scales = _refit(x, best_q, weight)
     codes = (best_q + best_zero.unsqueeze(-1)).to(torch.uint8)
     return Blocks(codes, scales, best_zero.to(torch.uint8))

@@ -22,9 +22,7 @@ def read_config(checkpoint: Checkpoint) -> Any:
 class Reference:
     """Holds the weights in float32, four bytes a parameter; each is read straight into its place."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, progress: Progress | None = None, threads: int | None = None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, progress: Progress | None = None, threads: int | None = None) -> None:
         """Raises DsoptError on an unsupported model or one whose tensors are not those of its config."""
         if threads:
             torch.set_num_threads(threads)

@@ -63,7 +63,7 @@ def _role(node: ir.Node) -> str:
     weight = node.inputs[1]
     assert weight is not None
     names = {"head": "lm_head", None: ""}
-    if role is None or names.get(role, f"{role}_proj") not in (weight.name or "") and not _is_tied(weight, role):
+    if role is None or (names.get(role, f"{role}_proj") not in (weight.name or "") and not _is_tied(weight, role)):
         raise DsoptError(f"cannot tell the part that {weight.name} plays in the graph (proved: {role})")
     return role
 

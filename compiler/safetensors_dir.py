@@ -65,9 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise DsoptError(
-            f"{path} could not be read ({error.strerror}); a model directory needs it"
-        ) from error
+        raise DsoptError(f"{path} could not be read ({error.strerror}); a model directory needs it") from error
     except (ValueError, RecursionError) as error:
         raise DsoptError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(value, dict):
@@ -107,9 +105,7 @@ def _chat_template(path: Path) -> str | None:
         template = named.get("default")
     if template is None or isinstance(template, str):
         return template
-    raise DsoptError(
-        f"{path / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, not text"
-    )
+    raise DsoptError(f"{path / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, not text")
 
 
 def _tensors(path: Path) -> dict[str, SafetensorsTensor]:
@@ -133,9 +129,7 @@ def _open_index(path: Path) -> dict[str, SafetensorsTensor]:
     tensors = {}
     for name, shard in weight_map.items():
         if name not in shards[shard]:
-            raise DsoptError(
-                f"{path / shard} lacks tensor {name}, which {INDEX} places there; download both again"
-            )
+            raise DsoptError(f"{path / shard} lacks tensor {name}, which {INDEX} places there; download both again")
         tensors[name] = shards[shard][name]
     return tensors
 
@@ -152,9 +146,7 @@ def _open_shards(path: Path, names: Iterable[object]) -> dict[object, dict[str, 
 def _checked_name(name: object) -> str:
     """An index is data from elsewhere: it may name files beside itself and no others."""
     if not isinstance(name, str) or not name or name in (".", "..") or set(name) & set("/\\:\0"):
-        raise DsoptError(
-            f"{INDEX} names the file {name!r}; only plain file names in its own directory are read"
-        )
+        raise DsoptError(f"{INDEX} names the file {name!r}; only plain file names in its own directory are read")
     return name
 
 

@@ -7,21 +7,14 @@ import numpy as np
 import onnx_ir as ir
 
 from dsopt.compiler.checkpoint import Tensor
-
-DTYPES = {
-    np.dtype(np.float32): ir.DataType.FLOAT,
-    np.dtype(np.uint8): ir.DataType.UINT8,
-    np.dtype(np.int8): ir.DataType.INT8,
-    np.dtype(np.int64): ir.DataType.INT64,
-    np.dtype(np.int32): ir.DataType.INT32,
-}
+from dsopt.runtime.errors import DsoptError
 
 
-def lazy(name: str, shape: Sequence[int], dtype: type, make: Callable[[], np.ndarray]) -> ir.LazyTensor:
+def lazy(name: str, shape: Sequence[int], dtype: ir.DataType, make: Callable[[], np.ndarray]) -> ir.LazyTensor:
     """A tensor whose content `make` returns each time it is asked for."""
     return ir.LazyTensor(
         lambda: ir.tensor(np.ascontiguousarray(make()), name=name),
-        dtype=DTYPES[np.dtype(dtype)],
+        dtype=dtype,
         shape=ir.Shape(shape),
         name=name,
     )
@@ -33,15 +26,18 @@ class Weight(ir.LazyTensor):
     def __init__(self, tensor: Tensor, name: str) -> None:
         self.tensor = tensor
         super().__init__(
-            lambda: ir.tensor(tensor.read(), name=name),
+            lambda: ir.tensor(self.read(0, tensor.shape[0]), name=name),
             dtype=ir.DataType.FLOAT,
             shape=ir.Shape(tensor.shape),
             name=name,
         )
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Rows start:stop of axis 0 as float32."""
-        return self.tensor.read(start, stop)
+        """Rows start:stop of axis 0 as float32. Raises DsoptError on a weight that is no number: it would spread."""
+        rows = self.tensor.read(start, stop)
+        if not np.isfinite(rows).all():
+            raise DsoptError(f"tensor {self.tensor.name} has NaN or infinite weights; the checkpoint is damaged")
+        return rows
 
 
 class Shared:
@@ -64,10 +60,11 @@ class Shared:
 
 def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     """Register `tensor` as an initializer of `graph` under its own name."""
-    assert tensor.name and tensor.name not in graph.initializers, tensor.name
+    assert tensor.name is not None
+    assert tensor.name not in graph.initializers, tensor.name
     value = ir.Value(
         name=tensor.name,
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(tensor.shape.numpy()),
         type=ir.TensorType(tensor.dtype),
         const_value=tensor,
     )

@@ -56,13 +56,14 @@ def decode(
     token_in = np.empty(1, np.int64)
     for count in range(1, limit + 1):
         token = choose(logits, history)
-        if top is None:
-            step = Step(token)
-        else:
-            step = Step(token, logprob(logits, token), tuple(logprobs(logits, top)))
+        step = Step(token) if top is None else _with_logprobs(token, logits, top)
         history.append(token)
         yield step
         if token in end or count == limit:
             return
         token_in[0] = token
         logits = binding.run(token_in)[-1]
+
+
+def _with_logprobs(token: int, logits: NDArray[np.float32], top: int) -> Step:
+    return Step(token, logprob(logits, token), tuple(logprobs(logits, top)))

@@ -152,6 +152,4 @@ def _run(binding: Binding, ids: NDArray[np.int64], workload: Workload) -> Repeti
     for index in range(workload.prompt, workload.tokens):
         binding.run(ids[index : index + 1])
         stamps.append(clock())
-    return Repetition(
-        stamps[-1] - start, stamps[0] - start, tuple(b - a for a, b in itertools.pairwise(stamps))
-    )
+    return Repetition(stamps[-1] - start, stamps[0] - start, tuple(b - a for a, b in itertools.pairwise(stamps)))

@@ -33,9 +33,7 @@ class Piece:
 class Result:
     """How an answer ended and what it took, in tokens and in seconds of wall time (the reader's left out)."""
 
-    finish_reason: (
-        FinishReason  # an end token or a stop string | no room or tokens left | cancelled or abandoned
-    )
+    finish_reason: FinishReason  # an end token or a stop string | no room or tokens left | cancelled or abandoned
     stop: str | None  # the stop string that ended it
     context_full: bool  # "length" because the context is full, not because of the limit asked for
     prompt_tokens: int
@@ -212,9 +210,7 @@ class Stream:
             if self._reason:
                 return
             resumed = time.perf_counter()
-        self._prompt_seconds = (
-            time.perf_counter() - resumed
-        )  # no token was wanted, or the prompt was interrupted
+        self._prompt_seconds = time.perf_counter() - resumed  # no token was wanted, or the prompt was interrupted
         self._reason = "interrupt" if self._cancelled else "length"
 
     def _steps(self) -> Iterator[Step]:

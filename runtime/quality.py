@@ -121,9 +121,7 @@ class Comparison:
         }
 
 
-def _score(
-    base: NDArray[np.float32], new: NDArray[np.float32], targets: NDArray[np.int64]
-) -> dict[str, NDArray[Any]]:
+def _score(base: NDArray[np.float32], new: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
     log_base, log_new = _log_softmax(base, "base"), _log_softmax(new, "new")
     p = np.exp(log_base)
     with np.errstate(invalid="ignore"):  # -inf - -inf where neither gives the token a chance

@@ -106,9 +106,7 @@ class Sampler:
             generator.state = state["generator"]
             seed = int(state["seed"])
         except (KeyError, TypeError, ValueError) as error:
-            raise DsoptError(
-                f"the saved sampling state is damaged ({error!r}); start anew with --seed"
-            ) from error
+            raise DsoptError(f"the saved sampling state is damaged ({error!r}); start anew with --seed") from error
         self.seed, self._random = seed, np.random.Generator(generator)
 
     def _penalise(self, logits: Floats, history: Sequence[int]) -> Floats:
@@ -157,9 +155,7 @@ def _largest(logits: Floats) -> int:
     best = int(np.argmax(logits))
     if not math.isfinite(logits[best]):
         wrong = f"the largest of {logits.size} is {float(logits[best])}"
-        raise DsoptError(
-            f"the model's logits are broken ({wrong}); compile it again with --quant none to compare"
-        )
+        raise DsoptError(f"the model's logits are broken ({wrong}); compile it again with --quant none to compare")
     return best
 
 

@@ -248,9 +248,7 @@ def _replace(context: EvalContext, text: Any, old: str, new: str, count: int | N
 
 
 @pass_environment
-def _sum(
-    environment: Sandbox, value: Iterable[Any], attribute: str | int | None = None, start: Any = 0
-) -> Any:
+def _sum(environment: Sandbox, value: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
     if not isinstance(start, (int, float)):
         raise out_of_bounds("sums what is not numbers")  # lists would be copied once for each list
     return FILTERS["sum"](environment, value, attribute, start)
@@ -267,7 +265,5 @@ def _tojson(
     meter().weigh(value)
     widths = [indent, *(separators or ())]
     meter().expect_widths(len(width) if isinstance(width, str) else width for width in widths)
-    encoder = json.JSONEncoder(
-        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
+    encoder = json.JSONEncoder(ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
     return Sandbox.concat(encoder.iterencode(value))

@@ -13,7 +13,7 @@ from dsopt.runtime.kv import KvCache, LayerShape
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the wheels upload usage data unless told not to
 
-import onnxruntime as ort  # noqa: E402
+import onnxruntime as ort
 
 Logits = NDArray[np.float32]
 PREFILL_CHUNK = 512  # rows a run at most: bounds the activations' memory, large enough for full matrix speed

@@ -39,15 +39,11 @@ class Tokenizer:
         """Read `directory/tokenizer.json`. Raises DsoptError when it is missing, broken or unsupported."""
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise DsoptError(
-                f"{directory} has no tokenizer.json; name a directory that `dsopt compile` wrote"
-            )
+            raise DsoptError(f"{directory} has no tokenizer.json; name a directory that `dsopt compile` wrote")
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise DsoptError(
-                f"{path} is not a readable tokenizer ({error}); compile the model again"
-            ) from error
+            raise DsoptError(f"{path} is not a readable tokenizer ({error}); compile the model again") from error
         try:
             return cls(backend)
         except DsoptError as error:
@@ -127,9 +123,7 @@ def _read_decoder(decoder: Mapping[str, Any] | None) -> tuple[Callable[[str], by
             case {"type": "ByteFallback" | "Fuse"}:
                 pass
             case _:
-                raise DsoptError(
-                    f"the tokenizer's decoder {step['type']} is not supported; supported: {_SUPPORTED}"
-                )
+                raise DsoptError(f"the tokenizer's decoder {step['type']} is not supported; supported: {_SUPPORTED}")
     fallback = "ByteFallback" in kinds
     return lambda token: _sentence_piece(token, replaced, fallback), spaces
 

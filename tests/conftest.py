@@ -91,9 +91,7 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")]
-    )
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")])
     return tokenizer
 
 
@@ -144,9 +142,7 @@ def save_shards(folder: Path, weights: dict[str, np.ndarray], shards: int) -> No
         shard = f"model-{index + 1:05}-of-{shards:05}.safetensors"
         save_file({n: weights[n] for n in names[index::shards]}, folder / shard, {"format": "pt"})
         weight_map |= dict.fromkeys(names[index::shards], shard)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 @pytest.fixture(scope="session")
@@ -182,9 +178,7 @@ def exported_once() -> Iterator[None]:
     export, made = build.export, {}
 
     def reuse(family: Any, config: Any) -> Any:
-        key = repr(
-            (family, dataclasses.replace(config, tie_word_embeddings=False))
-        )  # tying comes after the export
+        key = repr((family, dataclasses.replace(config, tie_word_embeddings=False)))  # tying comes after the export
         if key not in made:
             made[key] = export(family, config)
         return made[key].clone()

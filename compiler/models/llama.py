@@ -1,5 +1,6 @@
 """Llama (arXiv:2302.13971, 2407.21783) and what shares its shape: SmolLM2, TinyLlama, Llama 3.x."""
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -65,9 +66,7 @@ class Config:
             raise DsoptError(
                 f"config.json: rope_scaling type {kind!r} is not supported; default, linear and llama3 are"
             )
-        sizes = (self.vocab_size, self.hidden_size, self.intermediate_size, self.num_hidden_layers,
-                 self.num_attention_heads, self.num_key_value_heads, self.head_dim, self.max_position_embeddings)  # fmt: skip
-        if min(sizes) < 1:
+        if any(size < 1 for size in dataclasses.astuple(self) if type(size) is int):
             raise DsoptError("config.json: a size is zero or negative")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DsoptError(
@@ -86,7 +85,11 @@ class Attention(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
-        hidden, width, kv_width = config.hidden_size, self.heads * config.head_dim, self.kv_heads * config.head_dim
+        hidden, width, kv_width = (
+            config.hidden_size,
+            self.heads * config.head_dim,
+            self.kv_heads * config.head_dim,
+        )
         self.q_proj = nn.Linear(hidden, width, bias=False)
         self.k_proj = nn.Linear(hidden, kv_width, bias=False)
         self.v_proj = nn.Linear(hidden, kv_width, bias=False)
@@ -94,7 +97,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         context, present_key, present_value = group_query_attention(
-            self.q_proj(x), self.k_proj(x), self.v_proj(x), *state, num_heads=self.heads, kv_num_heads=self.kv_heads
+            self.q_proj(x),
+            self.k_proj(x),
+            self.v_proj(x),
+            *state,
+            num_heads=self.heads,
+            kv_num_heads=self.kv_heads,
         )
         return self.o_proj(context), present_key, present_value
 

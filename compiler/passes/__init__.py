@@ -7,7 +7,6 @@ from dsopt.compiler.passes.normalize_linears import NormalizeLinears
 from dsopt.compiler.passes.pack_projections import PackProjections
 from dsopt.compiler.passes.quantize_embedding import QuantizeEmbedding
 from dsopt.compiler.passes.quantize_linears import QuantizeLinears
-from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
 from dsopt.compiler.recipe import Recipe
 
 CLEAN = [NormalizeLinears()]

@@ -13,7 +13,7 @@ class _TransposedMatMul(pattern.RewriteRuleClassBase):
     def pattern(self, op, x, weight):  # type: ignore[no-untyped-def]
         return op.MatMul(x, op.Transpose(weight, perm=[1, 0]), _outputs=["product"])
 
-    def check(self, context, x, weight, **_):  # type: ignore[no-untyped-def]
+    def check(self, context, x, weight, **_):  # type: ignore[no-untyped-def, override]
         return weight.is_initializer()
 
     def rewrite(self, op, x, weight, product, **_):  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 
-from dsopt.compiler.weights import DTYPES, initializer, lazy
+from dsopt.compiler.weights import initializer, lazy
 
 # The axis of each weight input that runs over output channels.
 _OUTPUT_AXIS = {"FusedMatMul": (0,), "MatMulNBits": (0, 0, 0), "DynamicQuantizeMatMul": (1, 0)}
@@ -61,12 +61,11 @@ def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> ir.Value:
 def _concatenate(graph: ir.Graph, values: list[ir.Value | None], axis: int) -> ir.Value:
     tensors = [value.const_value for value in values if value is not None and value.const_value is not None]
     assert len(tensors) == len(values)
-    shape = [int(d) for d in tensors[0].shape]  # type: ignore[arg-type]
-    shape[axis] = sum(int(t.shape[axis]) for t in tensors)  # type: ignore[arg-type]
-    dtype = next(d for d, code in DTYPES.items() if code == tensors[0].dtype)
+    shape = list(tensors[0].shape.numpy())
+    shape[axis] = sum(tensor.shape.numpy()[axis] for tensor in tensors)
     make: Callable[[], np.ndarray] = lambda: np.concatenate([t.numpy() for t in tensors], axis)  # noqa: E731
     name = (tensors[0].name or "").replace("q_proj", "qkv_proj")
-    return initializer(graph, lazy(name, shape, dtype.type, make))
+    return initializer(graph, lazy(name, shape, tensors[0].dtype, make))
 
 
 def _remove(graph: ir.Graph, node: ir.Node | None) -> None:
@@ -75,4 +74,4 @@ def _remove(graph: ir.Graph, node: ir.Node | None) -> None:
     graph.remove(node, safe=True)
     for value in weights:
         if not value.uses():
-            graph.initializers.pop(value.name)
+            graph.initializers.pop(str(value.name))

@@ -32,7 +32,12 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
         scales3 = ir.node("Unsqueeze", [scales, last], name="embedding.scales/Unsqueeze")
         gathered = ir.node(
             "GatherBlockQuantized",
-            [codes, ids, scales3.outputs[0], *(_unpacked(graph, zero, scales, self.form.bits) for zero in zeros)],
+            [
+                codes,
+                ids,
+                scales3.outputs[0],
+                *(_unpacked(graph, zero, scales, self.form.bits) for zero in zeros),
+            ],
             {"bits": self.form.bits, "block_size": self.form.block, "quantize_axis": 2, "gather_axis": 0},
             domain=MICROSOFT,
             name="model.embed_tokens/GatherBlockQuantized",
@@ -41,7 +46,7 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
         nodes = [scales3, gathered, joined]
         ir.convenience.replace_nodes_and_values(graph, gather, [gather], nodes, gather.outputs, joined.outputs)
         if not table.uses():
-            graph.initializers.pop(table.name)
+            graph.initializers.pop(str(table.name))
         return ir.passes.PassResult(model, modified=True)
 
 
@@ -57,4 +62,4 @@ def _unpacked(graph: ir.Graph, zeros: ir.Value, scales: ir.Value, bits: int) -> 
             packed = np.stack([packed & 15, packed >> 4], -1).reshape(n, -1)[:, :blocks]
         return packed.reshape(n, blocks, 1)
 
-    return initializer(graph, lazy(f"{zeros.name}.bytes", (n, blocks, 1), np.uint8, make))
+    return initializer(graph, lazy(f"{zeros.name}.bytes", (n, blocks, 1), ir.DataType.UINT8, make))

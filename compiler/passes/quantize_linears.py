@@ -33,14 +33,20 @@ class QuantizeLinears(ir.passes.InPlacePass):
             build = {"nbits": self._nbits, "w8a8": self._w8a8}[form.kernel]
             _replace(graph, linear.node, build(graph, linear, form))
             if not weight.uses():
-                graph.initializers.pop(weight.name)
+                graph.initializers.pop(str(weight.name))
             modified = True
         return ir.passes.PassResult(model, modified)
 
     def _nbits(self, graph: ir.Graph, linear: Linear, form: Format) -> ir.Node:
         n, k = linear.size
         weights = block_initializers(graph, linear.weight, form, self.importance.get(linear.name))
-        attributes = {"K": k, "N": n, "bits": form.bits, "block_size": form.block, "accuracy_level": ACCURACY_LEVEL}
+        attributes = {
+            "K": k,
+            "N": n,
+            "bits": form.bits,
+            "block_size": form.block,
+            "accuracy_level": ACCURACY_LEVEL,
+        }
         inputs = [linear.node.inputs[0], *weights]
         return ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT)
 
@@ -48,8 +54,8 @@ class QuantizeLinears(ir.passes.InPlacePass):
         n, k = linear.size
         source, name = _weight(linear.weight), linear.weight.name
         shared = Shared(lambda: _column_codes(source, n, k))
-        codes = initializer(graph, lazy(f"{name}.codes", (k, n), np.int8, lambda: shared.take("codes")))
-        scales = initializer(graph, lazy(f"{name}.scales", (n,), np.float32, lambda: shared.take("scales")))
+        codes = initializer(graph, lazy(f"{name}.codes", (k, n), ir.DataType.INT8, lambda: shared.take("codes")))
+        scales = initializer(graph, lazy(f"{name}.scales", (n,), ir.DataType.FLOAT, lambda: shared.take("scales")))
         return ir.node("DynamicQuantizeMatMul", [linear.node.inputs[0], codes, scales], domain=MICROSOFT)
 
 
@@ -77,21 +83,19 @@ def block_initializers(
     n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
     blocks = -(-k // form.block)
     shared = Shared(lambda: _block_codes(weight, n, k, form, importance))
-    parts: list[tuple[str, tuple[int, ...], type]] = [
-        ("codes", (n, blocks, form.block * form.bits // 8), np.uint8),
-        ("scales", (n, blocks), np.float32),
+    parts: list[tuple[str, tuple[int, ...], ir.DataType]] = [
+        ("codes", (n, blocks, form.block * form.bits // 8), ir.DataType.UINT8),
+        ("scales", (n, blocks), ir.DataType.FLOAT),
     ]
     if form.zero_points:
-        parts.append(("zeros", (n, -(-blocks * form.bits // 8)), np.uint8))
+        parts.append(("zeros", (n, -(-blocks * form.bits // 8)), ir.DataType.UINT8))
     return [
         initializer(graph, lazy(f"{name}.{part}", shape, dtype, lambda part=part: shared.take(part)))  # type: ignore[misc]
         for part, shape, dtype in parts
     ]
 
 
-def _block_codes(
-    weight: Weight, n: int, k: int, form: Format, importance: np.ndarray | None
-) -> dict[str, np.ndarray]:
+def _block_codes(weight: Weight, n: int, k: int, form: Format, importance: np.ndarray | None) -> dict[str, np.ndarray]:
     blocks = -(-k // form.block)
     codes = np.empty((n, blocks, form.block * form.bits // 8), np.uint8)
     scales = np.empty((n, blocks), np.float32)
@@ -100,9 +104,7 @@ def _block_codes(
 
     def work(start: int, stop: int) -> None:
         rows = torch.from_numpy(weight.read(start, stop))
-        made = quantize_blocks(
-            rows, form.bits, form.block, zero_points=form.zero_points, importance=weights
-        )
+        made = quantize_blocks(rows, form.bits, form.block, zero_points=form.zero_points, importance=weights)
         pack = pack_nibbles if form.bits == 4 else torch.Tensor.numpy
         codes[start:stop], scales[start:stop] = pack(made.codes), made.scales.numpy()
         zeros[start:stop] = pack(made.zero_points)

@@ -41,9 +41,7 @@ def test_rows_are_the_product_in_llama_bench_order(bench: Run) -> None:
     lines = bench("-p", "8,4", "-n", 2, "-pg", "4,2", "-d", "0,16", "-r", 2, "-o", "jsonl").splitlines()
     rows = [json.loads(line) for line in lines]
     shapes = [(8, 0), (4, 0), (0, 2), (4, 2)]
-    assert [(r["n_prompt"], r["n_gen"], r["n_depth"]) for r in rows] == [
-        (p, n, d) for d in (0, 16) for p, n in shapes
-    ]
+    assert [(r["n_prompt"], r["n_gen"], r["n_depth"]) for r in rows] == [(p, n, d) for d in (0, 16) for p, n in shapes]
     for row in rows:
         tokens = row["n_prompt"] + row["n_gen"]
         assert row["samples_ts"] == pytest.approx([1e9 * tokens / ns for ns in row["samples_ns"]])
@@ -60,9 +58,7 @@ def test_fields_are_those_of_llama_bench_and_of_dsopt(bench: Run, tiny_artifact:
     manifest = json.loads((tiny_artifact / "dsopt.json").read_text())
     assert row["model_filename"] == str(tiny_artifact)
     assert row["model_n_params"] == manifest["model"]["parameters"]
-    assert row["model_size"] == sum(
-        (tiny_artifact / f).stat().st_size for f in ("model.onnx", "model.onnx.data")
-    )
+    assert row["model_size"] == sum((tiny_artifact / f).stat().st_size for f in ("model.onnx", "model.onnx.data"))
     assert row["model_type"] == "llama 28.8K none"
     assert (row["stddev_ns"], row["stddev_ts"]) == (0, 0)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", row["test_time"])
@@ -94,9 +90,7 @@ def test_the_markdown_table_is_aligned(bench: Run) -> None:
 
 def test_few_repetitions_are_marked(tiny_artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for repetitions, marked in ((2, True), (3, False)):
-        app(
-            ["bench", str(tiny_artifact), "-p", "4", "-n", "0", "-r", str(repetitions)], standalone_mode=False
-        )
+        app(["bench", str(tiny_artifact), "-p", "4", "-n", "0", "-r", str(repetitions)], standalone_mode=False)
         assert ("-r 3 or more" in capsys.readouterr().err) == marked
 
 
@@ -152,9 +146,7 @@ def test_progress_on_a_terminal_leaves_the_pipe_alone(tiny_artifact: Path) -> No
     terminal, side = pty.openpty()
     command = "import sys; from dsopt.cli.main import main; main()"
     options = ["bench", str(tiny_artifact), "-p", "4", "-n", "2", "-r", "3", "-o", "jsonl"]
-    done = subprocess.run(
-        [sys.executable, "-c", command, *options], stdout=subprocess.PIPE, stderr=side, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", command, *options], stdout=subprocess.PIPE, stderr=side, check=True)
     shown = os.read(terminal, 65536).decode()
     os.close(terminal)
     os.close(side)

@@ -45,9 +45,7 @@ def test_a_lossless_artifact_agrees_with_its_checkpoint(compare: Run, tiny_artif
 def test_four_bits_lose_more_than_eight(compare: Run, compile_tiny: Callable[..., Path]) -> None:
     eight, four = compile_tiny("int8"), compile_tiny("int4")
     base = eight.parent / "checkpoint"
-    loss = {
-        name: json.loads(compare(base, new, "-o", "json")) for name, new in (("int8", eight), ("int4", four))
-    }
+    loss = {name: json.loads(compare(base, new, "-o", "json")) for name, new in (("int8", eight), ("int4", four))}
     assert 1e-7 < loss["int8"]["kld_mean"] < loss["int4"]["kld_mean"] / 10
     assert loss["int4"]["same_top_p"] < 100
     order = ["min", "p001", "p01", "p05", "p10", "p25", "median", "p75", "p90", "p95", "p99", "p999", "max"]
@@ -56,9 +54,7 @@ def test_four_bits_lose_more_than_eight(compare: Run, compile_tiny: Callable[...
         assert points == sorted(points)
 
 
-def test_the_direction_matters_and_both_sides_take_both_kinds(
-    compare: Run, compile_tiny: Callable[..., Path]
-) -> None:
+def test_the_direction_matters_and_both_sides_take_both_kinds(compare: Run, compile_tiny: Callable[..., Path]) -> None:
     new = compile_tiny("int4")
     base = new.parent / "checkpoint"
     there, back = (json.loads(compare(*pair, "-o", "json")) for pair in ((base, new), (new, base)))
@@ -68,9 +64,7 @@ def test_the_direction_matters_and_both_sides_take_both_kinds(
     assert json.loads(compare(new, new, "-o", "json"))["kld_max"] == 0
 
 
-def test_an_untied_bf16_checkpoint_is_its_own_reference(
-    compare: Run, compile_tiny: Callable[..., Path]
-) -> None:
+def test_an_untied_bf16_checkpoint_is_its_own_reference(compare: Run, compile_tiny: Callable[..., Path]) -> None:
     new = compile_tiny("none", tied=False, dtype="BF16", shards=2)
     assert json.loads(compare(new.parent / "checkpoint", new, "-o", "json"))["kld_mean"] < 1e-9
 

@@ -50,9 +50,7 @@ def test_a_checkpoint(inspect: Run, tiny_llama_dir: Callable[..., Path]) -> None
     assert facts["types"] == [{"type": "BF16", "tensors": 21, **total}]
 
 
-def test_a_checkpoint_of_an_unknown_family_is_described_too(
-    inspect: Run, tiny_llama_dir: Callable[..., Path]
-) -> None:
+def test_a_checkpoint_of_an_unknown_family_is_described_too(inspect: Run, tiny_llama_dir: Callable[..., Path]) -> None:
     folder = tiny_llama_dir()
     config = json.loads((folder / "config.json").read_text())
     del config["head_dim"], config["num_key_value_heads"]

@@ -23,9 +23,7 @@ EMBEDDING, DOWN = "model.embed_tokens.weight", "model.layers.1.mlp.down_proj.wei
 
 
 @pytest.fixture
-def compile_changed(
-    tiny_llama_dir: Callable[..., Path], exported_once: None, tmp_path: Path
-) -> Callable[..., Path]:
+def compile_changed(tiny_llama_dir: Callable[..., Path], exported_once: None, tmp_path: Path) -> Callable[..., Path]:
     """Compile a tiny checkpoint whose weights, config or generation config were changed before."""
 
     def run(
@@ -132,9 +130,7 @@ def test_the_manifest_says_what_was_made(compile_changed: Callable[..., Path]) -
     formats = {(node["role"], node["layer"]): node["format"] for node in manifest.nodes}
     assert formats["q", 0] == formats["up", 1] == "int4"
     assert (formats["down", 1], formats["head", None]) == ("w8a8", "int8")
-    assert manifest.model["parameters"] == 320 * 32 + 32 + 2 * (
-        2 * 32 + 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64
-    )
+    assert manifest.model["parameters"] == 320 * 32 + 32 + 2 * (2 * 32 + 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64)
     assert set(manifest.files) == {path.name for path in out.iterdir()} - {"dsopt.json"}
     assert {
         "model.onnx",

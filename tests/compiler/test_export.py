@@ -47,9 +47,7 @@ NARROW: dict[str, Any] = {
 def eager(source: Path) -> Callable[..., np.ndarray]:
     """The torch model over the checkpoint's weights, as float32: token ids [n] -> logits [n, vocab]."""
     model = llama.Model(llama.Config.from_dict(json.loads((source / "config.json").read_text())))
-    weights = {
-        name: w.float() for file in source.glob("*.safetensors") for name, w in load_file(file).items()
-    }
+    weights = {name: w.float() for file in source.glob("*.safetensors") for name, w in load_file(file).items()}
     model.load_state_dict(weights, strict=False)
 
     @torch.no_grad()
@@ -138,9 +136,7 @@ def test_names_are_those_of_the_modules(graph: ir.Graph) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["none", "int4-zp,head=int8", "w8a8"])
-def test_planning_reads_no_weight(
-    recipe: str, plan_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_planning_reads_no_weight(recipe: str, plan_tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("a weight was read")
 
@@ -171,9 +167,7 @@ def test_all_rows_are_the_eager_model(options: dict[str, Any], compiled: Callabl
     same(session.bind(session.new_cache()).run(ids, rows=40), reference(ids))
 
 
-@pytest.mark.parametrize(
-    "options", [{"dtype": "BF16"}, {"dtype": "F16", "shards": 3}, {"shards": 2, "tied": False}]
-)
+@pytest.mark.parametrize("options", [{"dtype": "BF16"}, {"dtype": "F16", "shards": 3}, {"shards": 2, "tied": False}])
 def test_every_storage_gives_the_same_numbers(options: dict[str, Any], compiled: Callable[..., Any]) -> None:
     reference, artifact = compiled(**options)
     session = Session(artifact, threads=1)
@@ -217,14 +211,10 @@ def test_plain_onnxruntime_runs_it_as_onnxruntime_genai_would(compiled: Callable
     """A batch of two, an empty past, `logits_start` left alone; one more token with the present as past."""
     reference, artifact = compiled()
     options = ort.SessionOptions()
-    options.use_per_session_threads = (
-        Session._pool_threads is None
-    )  # a process has one kind of pool or the other
+    options.use_per_session_threads = Session._pool_threads is None  # a process has one kind of pool or the other
     session = ort.InferenceSession(artifact.graph, options, providers=["CPUExecutionProvider"])
     ids = np.stack([tokens(12), tokens(12, seed=1)])
-    past = {
-        i.name: np.zeros((2, 1, 0, 16), np.float32) for i in session.get_inputs() if i.name.startswith("past")
-    }
+    past = {i.name: np.zeros((2, 1, 0, 16), np.float32) for i in session.get_inputs() if i.name.startswith("past")}
     feeds = {"input_ids": ids[:, :11], "attention_mask": np.ones((2, 11), np.int64), **past}
     logits, *present = session.run(None, feeds)
     for row, sequence in zip(logits, ids, strict=True):

@@ -259,9 +259,7 @@ def test_odd_tensors_are_refused(write: Write) -> None:
 
 
 def test_header_is_that_of_the_package(write: Write) -> None:
-    path = write(
-        metadata={"a.list": [1, -2], "a.float": 0.1, "a.text": "é", "a.texts": ["", "日"], "a.none": []}
-    )
+    path = write(metadata={"a.list": [1, -2], "a.float": 0.1, "a.text": "é", "a.texts": ["", "日"], "a.none": []})
     header, reader = read_header(path), gguf.GGUFReader(path)
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
     assert dict(header.metadata) == fields

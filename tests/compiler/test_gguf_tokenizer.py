@@ -99,9 +99,7 @@ def test_the_real_tokenizer(smollm2_gguf: Path) -> None:
 def test_byte_level_pieces(pre: str) -> None:
     tokenizer = build(bpe_metadata(pre))
     for text, pieces in PIECES.items():
-        assert " ".join(tokenizer.encode(text, add_special_tokens=False).tokens) == pieces.get(
-            pre, pieces["*"]
-        ), text
+        assert " ".join(tokenizer.encode(text, add_special_tokens=False).tokens) == pieces.get(pre, pieces["*"]), text
 
 
 def test_llama3_takes_a_word_that_is_a_token_whole() -> None:
@@ -163,9 +161,7 @@ def test_the_other_files() -> None:
 
 def test_the_end_of_a_turn_is_found_by_name() -> None:
     metadata = bpe_metadata(eos_token_id=0)
-    generation = json.loads(
-        tokenizer_files(Vocabulary.from_metadata(metadata), metadata)["generation_config.json"]
-    )
+    generation = json.loads(tokenizer_files(Vocabulary.from_metadata(metadata), metadata)["generation_config.json"])
     assert generation["eos_token_id"] == [0, metadata["tokenizer.ggml.tokens"].index("<|im_end|>")]
 
 

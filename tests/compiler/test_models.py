@@ -34,9 +34,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "large epsilon": {"rms_norm_eps": 0.1},
 }
-IDS = torch.tensor(
-    [[1, 300, 7, 7, 42, 0, 319, 5, 6, 250, 99, 3], [8, 9, 10, 11, 2, 2, 2, 77, 201, 4, 17, 100]]
-)
+IDS = torch.tensor([[1, 300, 7, 7, 42, 0, 319, 5, 6, 250, 99, 3], [8, 9, 10, 11, 2, 2, 2, 77, 201, 4, 17, 100]])
 
 
 def load(folder: Path) -> llama.Model:
@@ -60,9 +58,7 @@ def test_llama_is_transformers_llama(options: dict[str, Any], tiny_llama_dir: Ca
 
 @pytest.mark.parametrize("splits", [(1,) * 12, (5, 7), (3, 1, 8)])
 @torch.no_grad()
-def test_steps_with_a_past_are_the_whole(
-    splits: tuple[int, ...], tiny_llama_dir: Callable[..., Path]
-) -> None:
+def test_steps_with_a_past_are_the_whole(splits: tuple[int, ...], tiny_llama_dir: Callable[..., Path]) -> None:
     model = load(tiny_llama_dir(num_attention_heads=4, num_key_value_heads=2))
     whole, _ = model(IDS)
     past, rows = None, []

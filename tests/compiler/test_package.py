@@ -19,9 +19,7 @@ from dsopt.compiler.checkpoint import Tensor
 from dsopt.runtime.artifact import Artifact, open_artifact
 from dsopt.runtime.errors import DsoptError
 
-FORK = multiprocessing.get_context(
-    "fork"
-)  # children take over the plan; an export of their own takes seconds
+FORK = multiprocessing.get_context("fork")  # children take over the plan; an export of their own takes seconds
 TOUCHES = {
     "open",
     "os.mkdir",
@@ -386,6 +384,4 @@ def test_a_cut_manifest_is_one_line(place: tuple[Path, Any, Any]) -> None:
 
 def test_an_artifact_may_be_moved(place: tuple[Path, Any, Any]) -> None:
     moved: Artifact = open_artifact(place[0].rename(place[0].with_name("elsewhere")))
-    assert moved.size == sum(
-        (moved.directory / name).stat().st_size for name in ("model.onnx", "model.onnx.data")
-    )
+    assert moved.size == sum((moved.directory / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))

@@ -30,9 +30,7 @@ from dsopt.runtime.session import Session
 LINEARS = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]  # fmt: skip
 # What a decoder of two layers always has: mask arithmetic, attention, SiLU, the choice of rows.
-FRAME = Counter(
-    ReduceSum=1, Sub=1, Cast=2, Shape=1, Squeeze=1, GroupQueryAttention=2, Sigmoid=2, Mul=4, Slice=1
-)
+FRAME = Counter(ReduceSum=1, Sub=1, Cast=2, Shape=1, Squeeze=1, GroupQueryAttention=2, Sigmoid=2, Mul=4, Slice=1)
 FUSED = FRAME + Counter(RMSNormalization=2, SkipSimplifiedLayerNormalization=3, Add=1)
 TABLE = Counter(Unsqueeze=1, GatherBlockQuantized=1, Reshape=1)
 IDS = np.random.default_rng(0).integers(0, 320, 24)
@@ -61,9 +59,7 @@ def operators(model: ir.Model) -> Counter[str]:
 
 def run(graph: Path) -> np.ndarray:
     options = ort.SessionOptions()
-    options.use_per_session_threads = (
-        Session._pool_threads is None
-    )  # a process has one kind of pool or the other
+    options.use_per_session_threads = Session._pool_threads is None  # a process has one kind of pool or the other
     options.log_severity_level = 3
     session = ort.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     past = {i.name: np.zeros((1, i.shape[1], 0, i.shape[3]), np.float32)
@@ -185,9 +181,7 @@ RECIPES = {
 
 @pytest.mark.parametrize(("recipe", "expected"), RECIPES.items(), ids=RECIPES.keys())
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_graph_of_a_recipe(
-    recipe: str, expected: Counter[str], tied: bool, plan_tiny: Callable[..., Any]
-) -> None:
+def test_the_graph_of_a_recipe(recipe: str, expected: Counter[str], tied: bool, plan_tiny: Callable[..., Any]) -> None:
     plan = plan_tiny(recipe, tied=tied)
     assert operators(plan.model) == expected
     names = [node.name for node in plan.model.graph]
@@ -396,9 +390,7 @@ def test_the_plan_says_the_bytes_that_are_written(
 def test_an_embedding_that_no_block_fits_is_said_to_be_float(plan_tiny: Callable[..., Any]) -> None:
     """Blocks of 64 do not divide a row of 96: the table stays whole, or is said to be something else."""
     plan = plan_tiny("int4-b64", hidden_size=96, num_hidden_layers=1, num_key_value_heads=2)
-    table = [
-        value for name, value in plan.model.graph.initializers.items() if name == "model.embed_tokens.weight"
-    ]
+    table = [value for name, value in plan.model.graph.initializers.items() if name == "model.embed_tokens.weight"]
     said = [node["format"] for node in plan.manifest.nodes if node["role"] == "embed"]
     assert said == (["none"] if table else ["int4"])
 

@@ -26,9 +26,7 @@ def heavy(rows: int, width: int) -> np.ndarray:
     return np.random.default_rng(1).standard_t(3, (rows, width)).astype(np.float32)
 
 
-def quantize(
-    x: np.ndarray, bits: int, block: int, zero_points: bool, importance: np.ndarray | None = None
-) -> Blocks:
+def quantize(x: np.ndarray, bits: int, block: int, zero_points: bool, importance: np.ndarray | None = None) -> Blocks:
     weight = None if importance is None else torch.from_numpy(importance)
     return quantize_blocks(torch.from_numpy(x), bits, block, zero_points=zero_points, importance=weight)
 

@@ -58,9 +58,7 @@ def linear(graph: ir.Graph, name: str) -> ir.Node:
         ("mlp.up_proj", "mlp.down_proj"),
     ],
 )
-def test_weights_in_each_others_place_are_noticed(
-    first: str, second: str, clean: Callable[..., ir.Model]
-) -> None:
+def test_weights_in_each_others_place_are_noticed(first: str, second: str, clean: Callable[..., ir.Model]) -> None:
     graph = clean(tied=False).graph
     one, other = (linear(graph, f"model.layers.1.{name}") for name in (first, second))
     weight, moved = one.inputs[1], other.inputs[1]

@@ -126,9 +126,7 @@ def test_rewinding_equals_never_having_gone_there(session: Session) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 16])
-def test_chunked_prefill_is_one_shot_prefill(
-    session: Session, monkeypatch: pytest.MonkeyPatch, chunk: int
-) -> None:
+def test_chunked_prefill_is_one_shot_prefill(session: Session, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     prompt = np.random.default_rng(1).integers(0, 256, 32).tolist()
     whole = prefill(fresh(session), prompt).copy()
     tokens = run(fresh(session), prompt, 20)

@@ -158,9 +158,7 @@ def test_a_seed_gives_the_same_answer_again(model: Model) -> None:
     assert answer(seed + 1)[0] != tokens
 
 
-def test_a_model_without_a_template_says_so(
-    model: Model, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_without_a_template_says_so(model: Model, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(model.artifact), "text", lambda self, name: None)
     with pytest.raises(DsoptError, match="no chat template; use --raw"):
         model.prompt(USER)

@@ -74,11 +74,7 @@ def test_the_error_of_a_ratio_is_that_of_the_paired_differences() -> None:
 def test_the_same_logits_lose_exactly_nothing() -> None:
     rows = np.random.default_rng(0).normal(0, 8, (40, 99)).astype(np.float32)
     summary = compare(rows, rows.copy(), [3] * 40).summary()
-    still = {
-        name: value
-        for name, value in summary.items()
-        if name.startswith(("kld_", "dp_", "ln_ppl", "ppl_diff"))
-    }
+    still = {name: value for name, value in summary.items() if name.startswith(("kld_", "dp_", "ln_ppl", "ppl_diff"))}
     assert set(still.values()) == {0.0}
     assert (summary["ppl_ratio"], summary["ppl_correlation"]) == (1.0, pytest.approx(100))
     assert (summary["same_top_p"], summary["same_top_p_err"]) == (100.0, 0.0)
@@ -90,9 +86,7 @@ def test_certainty_against_ignorance_is_the_logarithm_of_the_vocabulary() -> Non
     result = compare(sure, np.zeros((2, 64), np.float32), [5, 5])
     assert result["kld"].tolist() == pytest.approx([np.log(64)] * 2, rel=1e-12)
     assert result["nll_base"].tolist() == [0.0, 0.0]
-    assert compare(np.zeros((1, 64), np.float32), sure[:1], [5])["kld"][0] == pytest.approx(
-        2000 * 63 / 64 - np.log(64)
-    )
+    assert compare(np.zeros((1, 64), np.float32), sure[:1], [5])["kld"][0] == pytest.approx(2000 * 63 / 64 - np.log(64))
 
 
 def test_a_token_that_both_exclude_does_not_count() -> None:
@@ -102,9 +96,7 @@ def test_a_token_that_both_exclude_does_not_count() -> None:
 
 def test_a_tiny_loss_is_not_lost_in_rounding() -> None:
     base = np.random.default_rng(1).normal(0, 3, (4, 50_000)).astype(np.float32)
-    new = base + np.float32(1e-5) * np.sign(np.random.default_rng(2).normal(size=base.shape)).astype(
-        np.float32
-    )
+    new = base + np.float32(1e-5) * np.sign(np.random.default_rng(2).normal(size=base.shape)).astype(np.float32)
     p = np.exp(base.astype(np.longdouble))
     p /= p.sum(-1, keepdims=True)
     moved = new.astype(np.longdouble) - base
@@ -163,9 +155,7 @@ def test_the_second_half_is_scored_from_the_row_before_it(size: int) -> None:
     assert len(windows_told) == 2
 
 
-def test_a_window_longer_than_a_chunk_is_scored_whole(
-    tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_longer_than_a_chunk_is_scored_whole(tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(open_artifact(tiny_artifact))
     ids = np.random.default_rng(5).integers(session.vocab_size, size=50)
     whole = session.bind(session.new_cache()).run(ids, 50).copy()

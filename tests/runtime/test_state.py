@@ -146,9 +146,7 @@ def test_a_longer_state_than_the_context_is_refused(saved: Path, tiny_artifact: 
         (lambda data: data.replace(b"dsopt-state", b"other-state"), "no saved state of this dsopt"),
     ],
 )
-def test_files_that_are_no_state(
-    model: Model, saved: Path, damage: Callable[[bytes], bytes], message: str
-) -> None:
+def test_files_that_are_no_state(model: Model, saved: Path, damage: Callable[[bytes], bytes], message: str) -> None:
     saved.write_bytes(damage(saved.read_bytes()))
     with pytest.raises(DsoptError, match=message):
         load_state(saved, model.artifact, model.session.new_cache())
@@ -165,9 +163,7 @@ def test_paths_that_cannot_be(model: Model, saved: Path, tmp_path: Path) -> None
     check_replaceable(tmp_path / "new")
 
 
-def test_a_failed_write_leaves_the_old_file(
-    model: Model, saved: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file(model: Model, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = saved.read_bytes()
 
     def full(path: Path, data: bytes) -> None:

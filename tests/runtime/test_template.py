@@ -82,9 +82,7 @@ def test_the_date_is_todays() -> None:
 
 def test_variables_reach_the_template_but_do_not_replace_the_messages() -> None:
     template = "{{ eos_token }}{{ enable_thinking }}{{ messages | length }}"
-    assert (
-        render_chat(template, [], variables={"eos_token": "</s>", "enable_thinking": False}) == "</s>False0"
-    )
+    assert render_chat(template, [], variables={"eos_token": "</s>", "enable_thinking": False}) == "</s>False0"
 
 
 def fails(template: str, messages: list[dict[str, Any]] = MESSAGES) -> str:
@@ -150,8 +148,7 @@ GREEDY = [
     "{% set b %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = b %}{% endfor %}",
     "{% set ns = namespace(l=1) %}{% for i in 'a' * 99 %}{% set ns.l = [ns.l, ns.l] %}{% endfor %}{{ ns.l }}",
     "{% set ns = namespace(l=1) %}{% for i in 'a' * 99 %}{% set ns.l = (ns.l, ns.l) %}{% endfor %}{{ ns.l }}",
-    "{% set ns = namespace(l=1) %}{% for i in 'a' * 99 %}"
-    "{% set ns.l = {1: ns.l, 2: ns.l} %}{% endfor %}{{ ns.l }}",
+    "{% set ns = namespace(l=1) %}{% for i in 'a' * 99 %}{% set ns.l = {1: ns.l, 2: ns.l} %}{% endfor %}{{ ns.l }}",
     "{% set ns = namespace(l={}) %}{% for i in range(99) %}"
     "{% set ns.l = dict(a=ns.l, b=ns.l).values() %}{% endfor %}{{ ns.l }}",
     "{% macro pair() %}{% set ns.l = varargs %}{% endmacro %}{% set ns = namespace(l='x') %}"
@@ -218,7 +215,5 @@ def test_what_takes_too_long_is_stopped(template: str, monkeypatch: pytest.Monke
 def test_a_long_conversation_is_within_bounds() -> None:
     messages = [{"role": "user", "content": "word " * 2000}] * 300
     assert len(render_chat(CHATML, messages)) > 2_900_000
-    growing = (
-        "{% set ns = namespace(s='') %}{% for m in messages %}{% set ns.s = ns.s + m.content %}{% endfor %}"
-    )
+    growing = "{% set ns = namespace(s='') %}{% for m in messages %}{% set ns.s = ns.s + m.content %}{% endfor %}"
     assert len(render_chat(growing + "{{ ns.s }}", messages)) == 3_000_000

@@ -1,0 +1,82 @@
+"""onnxruntime-genai loads the artifacts unchanged and says the same. In an environment of its own:
+
+python -m venv /tmp/genai && /tmp/genai/bin/pip install onnxruntime-genai==0.18.0
+DSOPT_GENAI_PYTHON=/tmp/genai/bin/python python -m pytest -m peers
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dsopt.runtime.artifact import Artifact
+from dsopt.runtime.decoder import decode
+from dsopt.runtime.session import Session
+
+PYTHON = os.environ.get("DSOPT_GENAI_PYTHON", "")
+GENERATE = """
+import json, sys
+import numpy as np, onnxruntime_genai as og
+directory, prompts, count = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
+model = og.Model(directory)
+answers = []
+for prompt in prompts:
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=len(prompt) + count, do_sample=False)
+    generator = og.Generator(model, params)
+    generator.append_tokens(np.array(prompt, np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    answers.append([int(token) for token in generator.get_sequence(0)][len(prompt):])
+print(json.dumps(answers))
+"""
+pytestmark = [
+    pytest.mark.peers,
+    pytest.mark.skipif(not PYTHON, reason="DSOPT_GENAI_PYTHON names no interpreter with onnxruntime-genai"),
+]
+
+
+def genai_answers(directory: Path, prompts: list[list[int]], count: int) -> list[list[int]]:
+    command = [PYTHON, "-c", GENERATE, str(directory), json.dumps(prompts), str(count)]
+    environment = {**os.environ, "ORT_DISABLE_TELEMETRY": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def our_answers(artifact: Artifact, prompts: list[list[int]], count: int) -> list[list[int]]:
+    session = Session(artifact, threads=1)
+    end = frozenset(artifact.manifest.eos)
+
+    def greedy(logits: Any, _: Any) -> int:
+        return int(logits.argmax())
+
+    answers = []
+    for prompt in prompts:
+        binding = session.bind(session.new_cache())
+        steps = decode(binding, prompt, choose=greedy, limit=count, end=end)
+        answers.append([step.token for step in steps if step.token not in end])  # genai does not show it either
+    return answers
+
+
+@pytest.mark.parametrize("recipe", ["none", "int4", "int8", "int4-zp,head=int8", "w8a8"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_same_greedy_tokens(recipe: str, tied: bool, build_tiny: Callable[..., Artifact]) -> None:
+    artifact = build_tiny(recipe, tied=tied)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, length).tolist() for length in (1, 2, 7, 30, 100)]
+    assert genai_answers(artifact.directory, prompts, 24) == our_answers(artifact, prompts, 24)
+
+
+def test_an_end_token_ends_both(build_tiny: Callable[..., Artifact]) -> None:
+    prompt = [5, 6, 7]
+    plain = our_answers(build_tiny("none"), [prompt], 12)[0]
+    artifact = build_tiny("none", eos_token_id=[257, plain[3]])
+    ours = our_answers(artifact, [prompt], 12)
+    assert ours == [plain[: plain.index(plain[3])]]
+    assert genai_answers(artifact.directory, [prompt], 12) == ours
