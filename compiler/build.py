@@ -16,7 +16,7 @@ from dsopt.compiler.export import export
 from dsopt.compiler.models import find_family
 from dsopt.compiler.passes import CLEAN, pipeline
 from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
-from dsopt.compiler.recipe import Recipe
+from dsopt.compiler.recipe import Format, Recipe
 from dsopt.compiler.roles import find_linears
 from dsopt.compiler.weights import Weight
 from dsopt.runtime.artifact import Manifest
@@ -52,7 +52,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     passes = pipeline(recipe)
     for step in passes[: len(CLEAN)]:
         step(model)
-    nodes = _describe_linears(model, recipe)
+    nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
     for step in passes[len(CLEAN) :]:
         step(model)
     manifest = _manifest(checkpoint, config, recipe, nodes)
@@ -93,18 +93,22 @@ def _bind_weights(model: ir.Model, checkpoint: Checkpoint, *, tied: bool) -> Non
         )
 
 
-def _describe_linears(model: ir.Model, recipe: Recipe) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": "lm_head" if linear.role == "head" else linear.name,
-            "role": linear.role,
-            "layer": linear.layer,
-            "shape": list(linear.size),
-            "format": str(recipe.format(linear.role)),
-            "bytes": recipe.format(linear.role).nbytes(*linear.size),
-        }
-        for linear in find_linears(model.graph)
-    ]
+def _describe_weights(model: ir.Model, recipe: Recipe, *, tied: bool) -> list[dict[str, Any]]:
+    """An entry a matrix: each linear layer, and the embedding (0 bytes where it is stored as the head)."""
+    linears = find_linears(model.graph)
+    nodes = [_entry(x.name, x.role, x.layer, x.size, recipe.format(x.role)) for x in linears]
+    vocab, width = linears[-1].size
+    embedding = recipe.embedding(width)
+    nodes.append(_entry("model.embed_tokens", "embed", None, (vocab, width), embedding))
+    if tied and embedding == recipe.format("head"):
+        nodes[-1]["bytes"] = 0
+    return nodes
+
+
+def _entry(name: str, role: str, layer: int | None, size: tuple[int, int], form: Format) -> dict[str, Any]:
+    name = "lm_head" if role == "head" else name
+    return {"name": name, "role": role, "layer": layer, "shape": list(size), "format": str(form),
+            "bytes": form.nbytes(*size)}  # fmt: skip
 
 
 def _manifest(checkpoint: Checkpoint, config: Any, recipe: Recipe, nodes: list[dict[str, Any]]) -> Manifest:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,17 +25,24 @@ MAX_LENGTH = 4096  # onnxruntime-genai allocates and clears the whole cache for 
 def written_aside(out: Path) -> Iterator[Path]:
     """A new directory beside `out` that takes its place when the block ends well, and vanishes when it does not.
 
-    A process killed inside leaves a directory `.NAME.partial-PID`, which the next compilation to `out` removes.
+    A link is followed: its target is replaced. Raises DsoptError when the place cannot be written. A process killed
+    inside leaves a directory `.NAME.partial-PID-...`, which the next compilation to `out` removes.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    aside = out.with_name(f".{out.name}{_PARTIAL}{os.getpid()}")
-    aside.mkdir()
+    out = out.resolve()
+    if out.exists() and not out.is_dir():
+        raise DsoptError(f"{out}: is a file; choose another -o")
     try:
-        yield aside
-        _take_place(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(out)
+        aside = Path(tempfile.mkdtemp(prefix=f".{out.name}{_PARTIAL}{os.getpid()}-", dir=out.parent))
+        try:
+            aside.chmod(0o755)  # mkdtemp makes private ones
+            yield aside
+            _take_place(aside, out)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise DsoptError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
 def _take_place(aside: Path, out: Path) -> None:
@@ -44,14 +52,22 @@ def _take_place(aside: Path, out: Path) -> None:
     # A directory cannot be renamed over a full one. Between these two renames there is no artifact, never half a one.
     old = aside.with_name(f"{aside.name}.old")
     out.rename(old)
-    aside.rename(out)
+    try:
+        aside.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
     shutil.rmtree(old)
 
 
 def _remove_leftovers(out: Path) -> None:
-    for path in out.parent.glob(f".{out.name}{_PARTIAL}*"):
-        pid = path.name.removesuffix(".old").rpartition("-")[2]
-        if pid.isdigit() and not _is_running(int(pid)):
+    """What processes that are gone left; one with this process's own id too, ids repeat in containers."""
+    prefix = f".{out.name}{_PARTIAL}"
+    for path in out.parent.iterdir():
+        found = path.name.startswith(prefix)
+        pid = path.name.removeprefix(prefix).partition("-")[0].removesuffix(".old")
+        gone = pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid)))
+        if found and gone:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -72,14 +88,15 @@ def check_free_space(out: Path, needed: int) -> None:
         raise DsoptError(f"{place}: {needed / 1e6:.0f} MB are needed, {free / 1e6:.0f} MB are free; choose another -o")
 
 
-def stored_bytes(model: ir.Model) -> int:
-    """Bytes of all weights as they will be written."""
-    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+def stored_bytes(model: ir.Model, above: int = 0) -> int:
+    """Bytes of all weights as they will be written, of those larger than `above`."""
+    sizes = [value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None]
+    return sum(size for size in sizes if size > above)
 
 
 def write_graph(model: ir.Model, directory: Path, progress: Progress | None = None) -> None:
     """Write model.onnx and model.onnx.data, evaluating one lazy tensor after the other."""
-    total, done = stored_bytes(model), 0
+    total, done = stored_bytes(model, above=_INLINE), 0
 
     def written(tensor: ir.TensorProtocol, _info: object) -> None:
         nonlocal done
@@ -87,10 +104,24 @@ def write_graph(model: ir.Model, directory: Path, progress: Progress | None = No
         if progress:
             progress(done, total)
 
-    ir.save(
-        model, directory / GRAPH, external_data=WEIGHTS, size_threshold_bytes=_INLINE, callback=written,
-        alignment=4096,  # ONNX Runtime maps page-aligned weights instead of reading them
-    )  # fmt: skip
+    try:
+        # Page-aligned weights: ONNX Runtime maps them instead of reading them.
+        ir.save(
+            model,
+            directory / GRAPH,
+            external_data=WEIGHTS,
+            size_threshold_bytes=_INLINE,
+            callback=written,
+            alignment=4096,
+        )
+    except ir.serde.SerdeError as error:  # wraps what a lazy tensor raised, once for each level of the graph
+        raise _root_cause(error) from error
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def write_texts(directory: Path, files: Mapping[str, bytes]) -> None:

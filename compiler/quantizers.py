@@ -57,6 +57,8 @@ def quantize_blocks(
 def _error_weights(x: Tensor, importance: Tensor | None, padding: int) -> Tensor | None:
     if importance is None:
         return None
+    # A channel that calibration never saw active may be active later: its error still counts a little.
+    importance = importance.clamp_min(max(1e-3 * float(importance.mean()), 1e-30))
     return torch.nn.functional.pad(importance, (0, padding)).reshape(1, x.shape[1], x.shape[2])
 
 

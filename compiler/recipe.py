@@ -81,17 +81,20 @@ class Recipe:
             if role not in known or not value:
                 raise UsageError(f"--quant: {override!r} is not ROLE=FORMAT; roles: {' '.join(known)}")
             roles |= dict.fromkeys(GROUPS.get(role, (role,)), Format.parse(value))
+        if roles.get("embed", Format()).kernel == "w8a8":
+            raise UsageError("--quant: an embedding is not multiplied, so w8a8 means nothing for it; embed=int8 works")
         return cls(text, Format.parse(first), roles)
 
     def format(self, role: str) -> Format:
         return self.roles.get(role, self.default)
 
-    def embedding(self) -> Format:
+    def embedding(self, width: int) -> Format:
         """The table of the embedding: as said, else as the head (so that a tied table can be stored once).
 
-        A head in w8a8 has no layout that a gather can read; 8 bits in blocks stand in.
+        A head in w8a8 has no layout that a gather can read; 8 bits in blocks stand in. Rows of `width` that are not
+        whole blocks stay float: a gather cannot read a padded row.
         """
-        if "embed" in self.roles:
-            return self.roles["embed"]
-        head = self.format("head")
-        return Format("nbits", 8, 32) if head.kernel == "w8a8" else head
+        form = self.roles.get("embed", self.format("head"))
+        if form.kernel == "w8a8":
+            form = Format("nbits", 8, 32)
+        return Format() if form.kernel == "nbits" and width % form.block else form

@@ -43,11 +43,11 @@ class Weight(ir.LazyTensor):
 class Shared:
     """Several arrays from one computation: made when the first is asked for, dropped when each was taken.
 
-    `make` returns the arrays by name. A second round of asking computes them again.
+    `make` returns the arrays by name. Those named in `keep` stay, to be asked for again without a new computation.
     """
 
-    def __init__(self, make: Callable[[], dict[str, np.ndarray]]) -> None:
-        self._make = make
+    def __init__(self, make: Callable[[], dict[str, np.ndarray]], keep: Sequence[str] = ()) -> None:
+        self._make, self._keep = make, frozenset(keep)
         self._left: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -55,7 +55,7 @@ class Shared:
         with self._lock:
             if part not in self._left:
                 self._left = self._make()
-            return self._left.pop(part)
+            return self._left[part] if part in self._keep else self._left.pop(part)
 
 
 def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:

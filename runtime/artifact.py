@@ -56,8 +56,20 @@ class Manifest:
         if names != set(raw):
             odd = ", ".join(sorted(names ^ set(raw)))
             raise DsoptError(f"{where}: manifest with missing or unknown fields ({odd}); compile the model again")
-        tuples = {name: tuple(raw[name]) for name in ("eos", "nodes", "drafters")}
-        return cls(**{**raw, **tuples})
+        for name in ("eos", "nodes", "drafters"):
+            _require(isinstance(raw[name], list), name, "a list", where)
+            raw[name] = tuple(raw[name])
+        for name in ("source", "model", "files", "versions"):
+            _require(isinstance(raw[name], dict), name, "an object", where)
+        for name in (GRAPH, WEIGHTS, *raw["files"]):
+            entry = raw["files"].get(name)
+            _require(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry), name, "among the files", where)
+        return cls(**raw)
+
+
+def _require(good: bool, name: str, what: str, where: Path) -> None:
+    if not good:
+        raise DsoptError(f"{where}: {name} is not {what}; compile the model again")
 
 
 @dataclass(frozen=True)

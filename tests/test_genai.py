@@ -64,7 +64,8 @@ def our_answers(artifact: Artifact, prompts: list[list[int]], count: int) -> lis
     return answers
 
 
-@pytest.mark.parametrize("recipe", ["none", "int4", "int8", "int4-zp,head=int8", "w8a8"])
+# w8a8 for a head has one activation scale for all rows: genai computes the whole prompt's, dsopt the last one's.
+@pytest.mark.parametrize("recipe", ["none", "int4", "int8", "int4-zp,head=int8", "w8a8,head=int8"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_same_greedy_tokens(recipe: str, tied: bool, build_tiny: Callable[..., Artifact]) -> None:
     artifact = build_tiny(recipe, tied=tied)

@@ -33,7 +33,9 @@ class Config:
     def from_dict(cls, config: Mapping[str, Any]) -> "Config":
         """Read a Hugging Face config.json. Raises DsoptError on a missing field or an unsupported value."""
         # transformers 5 writes rope_theta inside rope_parameters; older files have it at the top.
-        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if not isinstance(rope, Mapping):
+            raise DsoptError(f"config.json: rope_scaling is {rope!r}; it must be an object or null")
         try:
             heads = int(config["num_attention_heads"])
             made = cls(
@@ -47,7 +49,7 @@ class Config:
                 max_position_embeddings=int(config["max_position_embeddings"]),
                 rms_norm_eps=float(config["rms_norm_eps"]),
                 rope_theta=float(config.get("rope_theta") or rope.get("rope_theta") or 10000.0),
-                rope_scaling=rope or None,
+                rope_scaling=dict(rope) or None,
                 tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -61,11 +63,6 @@ class Config:
         for field in ("attention_bias", "mlp_bias"):
             if config.get(field):
                 raise DsoptError(f"config.json: {field} = true is not supported for llama models")
-        kind = (self.rope_scaling or {}).get("rope_type", (self.rope_scaling or {}).get("type", "default"))
-        if kind not in ("default", "linear", "llama3"):
-            raise DsoptError(
-                f"config.json: rope_scaling type {kind!r} is not supported; default, linear and llama3 are"
-            )
         if any(size < 1 for size in dataclasses.astuple(self) if type(size) is int):
             raise DsoptError("config.json: a size is zero or negative")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -75,6 +72,12 @@ class Config:
             )
         if self.head_dim % 16:
             raise DsoptError(f"config.json: head_dim {self.head_dim} is not a multiple of 16, as attention needs")
+        try:
+            finite = all(bool(table.isfinite().all()) for table in self.rotary(2))
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise DsoptError(f"config.json: rope_scaling {self.rope_scaling} is not supported ({error!r})") from error
+        if not finite:
+            raise DsoptError(f"config.json: rope_scaling {self.rope_scaling} gives infinite angles")
 
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [length, head_dim / 2]."""

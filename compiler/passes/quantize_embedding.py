@@ -15,7 +15,7 @@ from dsopt.compiler.weights import initializer, lazy
 class QuantizeEmbedding(ir.passes.InPlacePass):
     def __init__(self, recipe: Recipe) -> None:
         super().__init__()
-        self.form = recipe.embedding()
+        self.recipe = recipe
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -24,9 +24,10 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
         assert table is not None
         assert table.shape is not None
         width = int(table.shape[1])  # type: ignore[arg-type]
-        if self.form.kernel != "nbits" or width % self.form.block:
+        form = self.recipe.embedding(width)
+        if form.kernel == "none":
             return ir.passes.PassResult(model, modified=False)
-        codes, scales, *zeros = block_initializers(graph, table, self.form)
+        codes, scales, *zeros = block_initializers(graph, table, form)
         last = initializer(graph, ir.tensor(np.array([2], np.int64), name="constant.two"))
         rows = initializer(graph, ir.tensor(np.array([0, 0, width], np.int64), name="embedding.shape"))
         scales3 = ir.node("Unsqueeze", [scales, last], name="embedding.scales/Unsqueeze")
@@ -36,15 +37,18 @@ class QuantizeEmbedding(ir.passes.InPlacePass):
                 codes,
                 ids,
                 scales3.outputs[0],
-                *(_unpacked(graph, zero, scales, self.form.bits) for zero in zeros),
+                *(_unpacked(graph, zero, scales, form.bits) for zero in zeros),
             ],
-            {"bits": self.form.bits, "block_size": self.form.block, "quantize_axis": 2, "gather_axis": 0},
+            {"bits": form.bits, "block_size": form.block, "quantize_axis": 2, "gather_axis": 0},
             domain=MICROSOFT,
             name="model.embed_tokens/GatherBlockQuantized",
         )
         joined = ir.node("Reshape", [gathered.outputs[0], rows], name="model.embed_tokens/Reshape")
         nodes = [scales3, gathered, joined]
         ir.convenience.replace_nodes_and_values(graph, gather, [gather], nodes, gather.outputs, joined.outputs)
+        for zero in zeros:
+            if not zero.uses():  # only a tied head reads them packed
+                graph.initializers.pop(str(zero.name))
         if not table.uses():
             graph.initializers.pop(str(table.name))
         return ir.passes.PassResult(model, modified=True)

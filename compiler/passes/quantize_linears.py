@@ -82,7 +82,7 @@ def block_initializers(
         return [part for part in found if part is not None]
     n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
     blocks = -(-k // form.block)
-    shared = Shared(lambda: _block_codes(weight, n, k, form, importance))
+    shared = Shared(lambda: _block_codes(weight, n, k, form, importance), keep=["zeros"])
     parts: list[tuple[str, tuple[int, ...], ir.DataType]] = [
         ("codes", (n, blocks, form.block * form.bits // 8), ir.DataType.UINT8),
         ("scales", (n, blocks), ir.DataType.FLOAT),

@@ -121,7 +121,7 @@ def tokenizer_of_long_tokens(tiny_artifact: Path) -> Tokenizer:
 
 
 def test_a_reader_who_leaves_ends_it_quietly(endless: Path) -> None:
-    command = [DSOPT, "generate", "-m", str(endless), *ENDLESS]
+    command = [DSOPT, "generate", "-m", str(endless), *ENDLESS, "--jsonl"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL) as run:
         assert run.stdout is not None
         assert run.stderr is not None

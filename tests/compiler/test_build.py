@@ -163,3 +163,46 @@ def test_bfloat16_weights_are_widened_exactly(
     weight = load_file(source / "model.safetensors")[DOWN]
     assert weight.dtype == ml_dtypes.bfloat16
     assert weight.astype(np.float32).tobytes() in (tmp_path / "out" / "model.onnx.data").read_bytes()
+
+
+def resident(field: str) -> int:
+    """Bytes of this process in memory: VmRSS now, VmHWM at most since `forget_peak`."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' record of the peak")
+def test_the_weights_never_stand_in_memory_together(plan_tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """50 million weights, 200 MB as float32; the largest tensor has 13."""
+    source = write_large(tmp_path / "large")
+    for recipe in ("none", "int8"):
+        plan = plan_tiny(recipe, source=source)
+        forget_peak()
+        before = resident("VmRSS")
+        build.write(plan, tmp_path / recipe)
+        assert resident("VmHWM") - before < 80e6
+    assert (tmp_path / "none" / "model.onnx.data").stat().st_size > 190e6
+
+
+def write_large(folder: Path) -> Path:
+    config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 1024, "intermediate_size": 2816,
+              "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
+              "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+              "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "tokenizer.json").write_text("{}")
+    norm = (1024,)
+    layer = {"input_layernorm": norm, "post_attention_layernorm": norm, "self_attn.q_proj": (1024, 1024),
+             "self_attn.k_proj": (512, 1024), "self_attn.v_proj": (512, 1024), "self_attn.o_proj": (1024, 1024),
+             "mlp.gate_proj": (2816, 1024), "mlp.up_proj": (2816, 1024), "mlp.down_proj": (1024, 2816)}  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (320, 1024), "model.norm": norm}
+    shapes |= {f"model.layers.{i}.{name}": shape for i in range(4) for name, shape in layer.items()}
+    row = np.random.default_rng(0).normal(0, 0.05, 4096).astype(ml_dtypes.bfloat16)
+    weights = {f"{name}.weight": np.resize(row, shape) for name, shape in shapes.items()}
+    save_file(weights, folder / "model.safetensors")
+    return folder

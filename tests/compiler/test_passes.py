@@ -384,7 +384,8 @@ def test_the_plan_says_the_bytes_that_are_written(
     assert plan.nbytes == sum(array.nbytes for array in stored.values())
     for node in plan.manifest.nodes:
         n, k = node["shape"]
-        assert node["bytes"] == Format.parse(node["format"]).nbytes(n, k)
+        stored_as_head = tied and node["role"] == "embed" and node["bytes"] == 0
+        assert stored_as_head or node["bytes"] == Format.parse(node["format"]).nbytes(n, k)
 
 
 def test_an_embedding_that_no_block_fits_is_said_to_be_float(plan_tiny: Callable[..., Any]) -> None:

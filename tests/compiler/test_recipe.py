@@ -45,7 +45,7 @@ def test_the_default_is_for_the_roles_that_are_not_named() -> None:
     ],
 )
 def test_the_embedding_goes_with_the_head_unless_said(text: str, embedding: str) -> None:
-    assert str(Recipe.parse(text).embedding()) == embedding
+    assert str(Recipe.parse(text).embedding(64)) == embedding
 
 
 def test_auto_is_a_recipe() -> None:
