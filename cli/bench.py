@@ -1,11 +1,9 @@
 """dsopt bench: the speed of a compiled model, with llama-bench's work, names and fields."""
 
 import itertools
-import platform
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -139,6 +137,8 @@ def _records(session: "Session", workloads: "Sequence[Workload]", repetitions: i
 
 def _setting(session: "Session") -> dict[str, Any]:
     """What all rows of a run have in common. `build_commit` is dsopt's version: a wheel knows no commit."""
+    from importlib.metadata import version  # slow to import: not for --help
+
     import onnxruntime
 
     from dsopt.runtime.session import PREFILL_CHUNK
@@ -236,6 +236,8 @@ def _rounded(parameters: int) -> str:
 
 
 def _cpu() -> str:
+    import platform
+
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -6,12 +6,14 @@
 import os
 import signal
 import sys
-from importlib.metadata import version
 
-import typer
+# An interrupt while modules are still being imported ends the process quietly; main() restores Python's handler.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from dsopt.cli import bench, compare, compile, generate, show
-from dsopt.runtime.errors import DsoptError
+import typer  # noqa: E402
+
+from dsopt.cli import bench, compare, compile, generate, show  # noqa: E402
+from dsopt.runtime.errors import DsoptError  # noqa: E402
 
 app = typer.Typer(
     help="Compile language models to optimized ONNX and stream text from them.",
@@ -30,6 +32,8 @@ app.command("inspect")(show.inspect_command)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         print(f"dsopt {version('dsopt')}")
         raise typer.Exit
 
@@ -45,19 +49,27 @@ def _root(
 
 def main() -> None:
     """Run the command line. A traceback instead of the one-line message: DSOPT_TRACE=1."""
+    _open_missing_streams()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `dsopt ... | head -1` ends quietly, as any filter
     try:
         code = app(standalone_mode=False, prog_name="dsopt")
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-    except (DsoptError, typer.TyperException) as error:
+    except (DsoptError, typer.TyperException, OSError) as error:
         if os.environ.get("DSOPT_TRACE"):
             raise
-        code = error.exit_code
+        code = getattr(error, "exit_code", 1)
         print(f"dsopt: {_one_line(error)}", file=sys.stderr)
-    sys.stdout.flush()
     sys.exit(code or 0)
+
+
+def _open_missing_streams() -> None:
+    """Closed by the shell (`>&-`), a stream is None, and what is printed to it would land on stdout."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, PTH123
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115, PTH123
 
 
 def _one_line(error: Exception) -> str:

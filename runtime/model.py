@@ -45,8 +45,9 @@ class Result:
 
     @property
     def prompt_rate(self) -> float:
-        """Prompt tokens computed per second."""
-        return (self.prompt_tokens - self.cached_tokens) / self.prompt_seconds if self.prompt_seconds else 0.0
+        """Prompt tokens computed per second; 0 where an interrupt came before the end of the prompt."""
+        unread = self.finish_reason == "interrupt" and self.answer_tokens == 0
+        return 0.0 if unread else (self.prompt_tokens - self.cached_tokens) / self.prompt_seconds
 
     @property
     def answer_rate(self) -> float:

@@ -69,7 +69,7 @@ def test_an_artifact(inspect: Run, compile_tiny: Callable[..., Path]) -> None:
     assert set(facts["files"]) == {path.name for path in artifact.iterdir()} - {"dsopt.json"}
     assert facts["tokenizer"]["tokens"] == 258
     linears = {row["role"]: row for row in facts["linears"]}
-    assert list(linears) == ["q", "k", "v", "o", "gate", "up", "down", "head"]
+    assert list(linears) == ["q", "k", "v", "o", "gate", "up", "down", "head", "embed"]
     # 4 bits, and a float32 scale for 32 of them: 5 bits a weight
     assert linears["up"] == {
         "role": "up",
@@ -189,5 +189,5 @@ def test_neither_torch_nor_onnx_is_imported(tiny_artifact: Path) -> None:
     assert "kind             artifact" in lines
     assert "kind             huggingface" in lines
     assert "files            6, each with the hash it was written with" in lines
-    header = lines.index("role  format  tensors  parameters  bytes  bits_per_weight")
-    assert lines[header + 1] == "q     none          2        2048   8192             32.0"
+    header = lines.index("role   format  tensors  parameters  bytes  bits_per_weight")
+    assert lines[header + 1] == "q      none          2        2048   8192             32.0"

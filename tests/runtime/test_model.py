@@ -138,6 +138,7 @@ def test_cancelling_need_not_wait_for_a_long_prompt(model: Model, monkeypatch: p
     stream.cancel()
     assert ids(stream) == []
     assert (stream.result.finish_reason, stream.result.answer_tokens) == ("interrupt", 0)
+    assert stream.result.prompt_rate == 0  # hardly any of the prompt was read
     again = model.stream(prompt, limit=5, state=stream.state)
     assert ids(again) == expected
 
