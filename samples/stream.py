@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from dsopt.runtime import load
-from dsopt.runtime.sampling import Sampling
+from dsopt.runtime.sampling import Sampler, Sampling
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
 
     # A second turn: what the cache holds of the first is not computed again.
     question = model.extend_chat(state, [{"role": "user", "content": "And a vegetable."}])
-    stream = model.stream(question, state=state, sampling=Sampling(temperature=0.7, seed=1), limit=64)
+    stream = model.stream(question, state=state, sampler=Sampler(Sampling(temperature=0.7, seed=1)), limit=64)
     for count, piece in enumerate(stream, 1):
         print(piece.text, end="", flush=True)
         if count == 24:
