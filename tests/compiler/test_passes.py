@@ -136,7 +136,8 @@ def test_pack_projections_changes_no_bit(
     before, kind = logits(model), next(op for op in operators(model) if "MatMul" in op)
     assert operators(model)[kind] == 15
     assert PackProjections()(model).modified
-    assert operators(model)[kind] == 11
+    assert operators(model)[kind] == 9
+    assert operators(model)["Split"] == 2
     for node in model.graph:
         if node.op_type == "GroupQueryAttention":
             assert node.inputs[1] is node.inputs[2] is None
@@ -148,7 +149,10 @@ def test_pack_projections_changes_no_bit(
     assert not PackProjections()(model).modified
 
 
-@pytest.mark.parametrize("recipe", ["none,k=int8", "int4,v=int4-zp", "int4,q=int4-b16", "int8,v=w8a8"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["none,k=int8,up=int8", "int4,v=int4-zp,up=int4-zp", "int4,q=int4-b16,gate=int4-b16", "int8,v=w8a8,up=w8a8"],
+)
 def test_projections_of_different_formats_stay_apart(recipe: str, bound: Callable[..., ir.Model]) -> None:
     model = bound()
     for step in (NormalizeLinears(), QuantizeLinears(Recipe.parse(recipe))):
@@ -163,19 +167,22 @@ def test_packed_projections_keep_the_module_in_their_name(plan_tiny: Callable[..
         names = {node.name for node in plan_tiny(recipe).model.graph}
         for layer in (0, 1):
             assert any(name.startswith(f"model.layers.{layer}.self_attn.qkv_proj/") for name in names)
+            assert any(name.startswith(f"model.layers.{layer}.mlp.gate_up_proj/") for name in names)
             assert any(name.startswith(f"model.layers.{layer}.mlp.down_proj/") for name in names)
 
 
+PACKED = FUSED + Counter(Split=2)
 RECIPES = {
-    "none": FUSED + Counter(FusedMatMul=11, Gather=1),
-    "int4": FUSED + TABLE + Counter(MatMulNBits=11),
-    "int8-zp": FUSED + TABLE + Counter(MatMulNBits=11),
-    "w8a8": FUSED + TABLE + Counter(DynamicQuantizeMatMul=11),
-    "w8a8,head=int8": FUSED + TABLE + Counter(DynamicQuantizeMatMul=10, MatMulNBits=1),
-    "int4,embed=none": FUSED + Counter(MatMulNBits=11, Gather=1),
-    "int4,qkv=w8a8,down=int8,head=none": FUSED
-    + Counter(MatMulNBits=8, DynamicQuantizeMatMul=2, FusedMatMul=1, Gather=1),
-    "none,k=int8,head=int4": FUSED + TABLE + Counter(FusedMatMul=12, MatMulNBits=3),
+    "none": PACKED + Counter(FusedMatMul=9, Gather=1),
+    "int4": PACKED + TABLE + Counter(MatMulNBits=9),
+    "int8-zp": PACKED + TABLE + Counter(MatMulNBits=9),
+    "w8a8": PACKED + TABLE + Counter(DynamicQuantizeMatMul=9),
+    "w8a8,head=int8": PACKED + TABLE + Counter(DynamicQuantizeMatMul=8, MatMulNBits=1),
+    "int4,embed=none": PACKED + Counter(MatMulNBits=9, Gather=1),
+    "int4,qkv=w8a8,down=int8,head=none": PACKED
+    + Counter(MatMulNBits=6, DynamicQuantizeMatMul=2, FusedMatMul=1, Gather=1),
+    "none,k=int8,head=int4": PACKED + TABLE + Counter(FusedMatMul=10, MatMulNBits=3),
+    "int4,up=int8": FUSED + TABLE + Counter(MatMulNBits=11),
 }
 
 
@@ -258,12 +265,12 @@ def linears(artifact: Artifact) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def originals(source: Path) -> list[np.ndarray]:
-    """The same layers in the checkpoint, with q, k and v one below the other."""
+    """The same layers in the checkpoint, with q, k and v one below the other, and gate and up."""
     weights = load_file(source / "model.safetensors")
     found = []
     for layer in range(2):
-        q, k, v, *others = (weights[f"model.layers.{layer}.{name}.weight"] for name in LINEARS)
-        found += [np.concatenate([q, k, v]), *others]
+        q, k, v, o, gate, up, down = (weights[f"model.layers.{layer}.{name}.weight"] for name in LINEARS)
+        found += [np.concatenate([q, k, v]), o, np.concatenate([gate, up]), down]
     return [*found, weights.get("lm_head.weight", weights["model.embed_tokens.weight"])]
 
 
