@@ -38,7 +38,7 @@ def compile_model(model: str, out: Path | None = None, quant: str = "auto", *, f
 
     recipe = Recipe.parse(quant)
     checkpoint = open_checkpoint(model, progress=note)
-    directory = out or default_directory(checkpoint.source.name, recipe.text)
+    directory = out.absolute() if out else default_directory(checkpoint.source.name, recipe.text)
     if not _is_current(directory, checkpoint.source.sha256, recipe.text) or force:
         check_overwrite(directory, force=force)
         from dsopt.compiler import build  # torch: two seconds that a wrong call need not wait for

@@ -50,6 +50,8 @@ def _last() -> Path | None:
 
 def check_overwrite(directory: Path, *, force: bool) -> None:
     """Raises DsoptError when `directory` exists and may not be replaced."""
+    if Path.cwd().is_relative_to(directory.resolve()):
+        raise DsoptError(f"{directory}: is the current directory or above it; choose another -o")
     if not directory.exists() or (force and (directory / MANIFEST).is_file()):
         return
     if force and directory.is_dir() and not any(directory.iterdir()):

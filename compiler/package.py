@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from dsopt.runtime.artifact import GRAPH, MANIFEST, WEIGHTS, Manifest
 from dsopt.runtime.errors import DsoptError
-from dsopt.runtime.files import remember_sha256, sha256_file
+from dsopt.runtime.files import hash_content, remember_sha256
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 _INLINE = 1024  # smaller tensors stay in the graph file: shape inference and constant folding read them
@@ -132,7 +132,7 @@ def write_texts(directory: Path, files: Mapping[str, bytes]) -> None:
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
     """Size and hash of each file written, for the manifest."""
     return {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        path.name: {"bytes": path.stat().st_size, "sha256": hash_content(path)}
         for path in sorted(directory.iterdir())
         if path.name != MANIFEST
     }

@@ -50,7 +50,8 @@ def quantize_blocks(
             best = candidate
             continue
         better = candidate[0] > best[0]
-        best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
+        gain, inverse_scale, zero = (torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
+        best = gain, inverse_scale, zero
     assert best is not None
     _, inverse_scale, zero = best
     xq, qq = _products(x, _codes(x, inverse_scale, zero, bits, q), weight, scratch)

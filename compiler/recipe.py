@@ -4,7 +4,8 @@ The first word is the format of every linear layer; `ROLE=FORMAT` overrides it f
 
     none            float32
     int4 int8       weight-only, MatMulNBits: per block of the input dimension a scale and, with `-zp`, a zero point
-    w8a8            int8 weights per output channel, activations quantized on the fly: DynamicQuantizeMatMul
+    w8a8            int8 weights per output channel, activations quantized on the fly: DynamicQuantizeMatMul. The head
+                    stays int8 unless said: one activation scale for all rows would make logits depend on their number
 
 with `-b16 ... -b256` for the block size (32 unless said). Roles are q k v o gate up down head embed and the groups
 qkv, attn, mlp.
@@ -72,8 +73,8 @@ class Recipe:
     @classmethod
     def parse(cls, text: str) -> "Recipe":
         """Raises UsageError on an unknown format or role."""
-        text = PRESETS.get(text, text)
         first, *overrides = [part.strip() for part in text.split(",")]
+        first = PRESETS.get(first, first)
         roles: dict[str, Format] = {}
         for override in overrides:
             role, _, value = override.partition("=")
@@ -83,7 +84,10 @@ class Recipe:
             roles |= dict.fromkeys(GROUPS.get(role, (role,)), Format.parse(value))
         if roles.get("embed", Format()).kernel == "w8a8":
             raise UsageError("--quant: an embedding is not multiplied, so w8a8 means nothing for it; embed=int8 works")
-        return cls(text, Format.parse(first), roles)
+        default = Format.parse(first)
+        if default.kernel == "w8a8":
+            roles.setdefault("head", Format("nbits", 8, 32))
+        return cls(",".join([first, *overrides]), default, roles)
 
     def format(self, role: str) -> Format:
         return self.roles.get(role, self.default)

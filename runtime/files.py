@@ -47,6 +47,12 @@ def remember_sha256(path: Path, digest: str) -> None:
         return  # a read-only cache costs a rehash next time, nothing else
 
 
+def hash_content(path: Path) -> str:
+    """SHA-256 of a file's content, in hex, read from the disk."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sha256_file(path: Path) -> str:
     """SHA-256 of a file's content, in hex. Hashed anew only when inode, size or times have changed."""
     try:
@@ -55,7 +61,6 @@ def sha256_file(path: Path) -> str:
             return str(entry["sha256"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # never hashed before, or a damaged entry: hash
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hash_content(path)
     remember_sha256(path, digest)
     return digest

@@ -133,10 +133,13 @@ def test_pack_projections_changes_no_bit(
     model = bound()
     for step in (NormalizeLinears(), QuantizeLinears(Recipe.parse(recipe))):
         step(model)
-    before, kind = logits(model), next(op for op in operators(model) if "MatMul" in op)
-    assert operators(model)[kind] == 15
+    before, kind = (
+        logits(model),
+        Counter(op for op in operators(model).elements() if "MatMul" in op).most_common(1)[0][0],
+    )
+    count = operators(model)[kind]  # 15, or 14 where the head has another kernel
     assert PackProjections()(model).modified
-    assert operators(model)[kind] == 9
+    assert operators(model)[kind] == count - 6
     assert operators(model)["Split"] == 2
     for node in model.graph:
         if node.op_type == "GroupQueryAttention":
@@ -176,8 +179,8 @@ RECIPES = {
     "none": PACKED + Counter(FusedMatMul=9, Gather=1),
     "int4": PACKED + TABLE + Counter(MatMulNBits=9),
     "int8-zp": PACKED + TABLE + Counter(MatMulNBits=9),
-    "w8a8": PACKED + TABLE + Counter(DynamicQuantizeMatMul=9),
-    "w8a8,head=int8": PACKED + TABLE + Counter(DynamicQuantizeMatMul=8, MatMulNBits=1),
+    "w8a8": PACKED + TABLE + Counter(DynamicQuantizeMatMul=8, MatMulNBits=1),
+    "w8a8,head=w8a8": PACKED + TABLE + Counter(DynamicQuantizeMatMul=9),
     "int4,embed=none": PACKED + Counter(MatMulNBits=9, Gather=1),
     "int4,qkv=w8a8,down=int8,head=none": PACKED
     + Counter(MatMulNBits=6, DynamicQuantizeMatMul=2, FusedMatMul=1, Gather=1),
