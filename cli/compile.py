@@ -38,7 +38,9 @@ def compile_model(model: str, out: Path | None = None, quant: str = "auto", *, f
 
     recipe = Recipe.parse(quant)
     checkpoint = open_checkpoint(model, progress=note)
-    directory = out.absolute() if out else default_directory(checkpoint.source.name, recipe.text)
+    directory = (
+        out.absolute() if out else default_directory(checkpoint.source.name, recipe.text, checkpoint.source.sha256)
+    )
     if not _is_current(directory, checkpoint.source.sha256, recipe.text) or force:
         check_overwrite(directory, force=force)
         from dsopt.compiler import build  # torch: two seconds that a wrong call need not wait for
@@ -53,6 +55,8 @@ def compile_model(model: str, out: Path | None = None, quant: str = "auto", *, f
 
 def _is_current(directory: Path, source: str, recipe: str) -> bool:
     """Whether `directory` holds, unchanged, what this compilation would write."""
+    from importlib.metadata import version
+
     from dsopt.runtime.artifact import open_artifact
     from dsopt.runtime.errors import DsoptError
 
@@ -60,7 +64,8 @@ def _is_current(directory: Path, source: str, recipe: str) -> bool:
         manifest = open_artifact(directory).manifest
     except DsoptError:
         return False
-    return manifest.source["sha256"] == source and manifest.recipe == recipe
+    made = manifest.versions.get("dsopt"), manifest.source.get("sha256"), manifest.recipe
+    return made == (version("dsopt"), source, recipe)
 
 
 def _print_plan(model: str, quant: str) -> None:

@@ -1,5 +1,6 @@
 """Which compiled model a command means, and where compiled models are kept."""
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -11,9 +12,12 @@ from dsopt.runtime.files import cache_dir, write_atomically
 BUILT_IN = "smollm2"
 
 
-def default_directory(name: str, recipe: str) -> Path:
-    """Where `dsopt compile` puts a model unless told: `artifacts/NAME-RECIPE` in the cache."""
-    return cache_dir() / "artifacts" / f"{name}-{recipe.replace(',', '+').replace('=', '-')}"
+def default_directory(name: str, recipe: str, sha256: str) -> Path:
+    """Where `dsopt compile` puts a model unless told: `artifacts/NAME-RECIPE-HASH` in the cache.
+
+    The hash is the checkpoint's, so that two of one name, or one before and after an edit, do not meet.
+    """
+    return cache_dir() / "artifacts" / f"{name}-{recipe.replace(',', '+').replace('=', '-')}-{sha256[:8]}"
 
 
 def remember_last(directory: Path) -> None:
@@ -41,21 +45,38 @@ def find_artifact(model: Path | None) -> Artifact:
 
 
 def _last() -> Path | None:
+    """The artifact compiled last, None before the first. Raises DsoptError when it is gone."""
     try:
         path = Path(os.fsdecode((cache_dir() / "last").read_bytes()))
-    except OSError:
+    except FileNotFoundError:
         return None
-    return path if (path / MANIFEST).is_file() else None
+    if not (path / MANIFEST).is_file():
+        raise DsoptError(f"{path}: the model compiled last is gone; name another with -m, or compile one")
+    return path
 
 
 def check_overwrite(directory: Path, *, force: bool) -> None:
     """Raises DsoptError when `directory` exists and may not be replaced."""
     if Path.cwd().is_relative_to(directory.resolve()):
         raise DsoptError(f"{directory}: is the current directory or above it; choose another -o")
-    if not directory.exists() or (force and (directory / MANIFEST).is_file()):
+    if not directory.exists():
+        return
+    if force and (directory / MANIFEST).is_file():
+        _check_own(directory)
         return
     if force and directory.is_dir() and not any(directory.iterdir()):
         return
     if force:
         raise DsoptError(f"{directory}: exists and is no compiled model; --force replaces only those")
     raise DsoptError(f"{directory}: exists already; choose another -o, or --force to replace it")
+
+
+def _check_own(directory: Path) -> None:
+    """Raises DsoptError when a user's file is among those of the artifact: it would go with them."""
+    try:
+        files = set(json.loads((directory / MANIFEST).read_bytes())["files"]) | {MANIFEST}
+    except (ValueError, KeyError, TypeError):
+        return  # a damaged manifest: whatever is here was a compiled model
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in files)
+    if foreign:
+        raise DsoptError(f"{directory}: has files that are not the model's ({', '.join(foreign[:3])}); move them first")

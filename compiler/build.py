@@ -21,6 +21,7 @@ from dsopt.compiler.roles import find_linears
 from dsopt.compiler.weights import Weight
 from dsopt.runtime.artifact import Manifest
 from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.tokenizer import Tokenizer
 
 Notify = Callable[[str], None]
 _MADE_WITH = ("dsopt", "torch", "onnx_ir", "onnxscript")
@@ -45,6 +46,9 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Export and rewrite, computing no weight. Raises DsoptError on a model that is not supported."""
     family = find_family(checkpoint.config.get("model_type"))
     config = family.Config.from_dict(checkpoint.config)
+    # A model that cannot be spoken to is not worth compiling: a broken tokenizer is an error now.
+    Tokenizer.from_bytes(checkpoint.files["tokenizer.json"], checkpoint.source.path / "tokenizer.json")
+    _check_names(checkpoint, config)
     model = export(family.Model, config)
     if config.tie_word_embeddings:
         TieEmbeddings()(model)
@@ -69,6 +73,14 @@ def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) ->
         package.seal(aside, manifest)
     package.remember_hashes(out, manifest)
     return manifest
+
+
+def _check_names(checkpoint: Checkpoint, config: Any) -> None:
+    """Before a graph of many layers is built: does the checkpoint have the last one?"""
+    last = f"model.layers.{config.num_hidden_layers - 1}."
+    if not any(name.startswith(last) for name in checkpoint.tensors):
+        raise DsoptError(f"{checkpoint.source.path}: tensors {last}* are missing; config.json says "
+                         f"{config.num_hidden_layers} layers")  # fmt: skip
 
 
 def _bind_weights(model: ir.Model, checkpoint: Checkpoint, *, tied: bool) -> None:
@@ -151,7 +163,11 @@ def _token_ids(checkpoint: Checkpoint, vocab_size: int) -> tuple[int | None, tup
     fields = {**checkpoint.config, **{key: value for key, value in generation.items() if value is not None}}
     eos = fields.get("eos_token_id")
     eos = tuple(eos) if isinstance(eos, list) else (eos,)
-    if not all(isinstance(token, int) and 0 <= token < vocab_size for token in eos):
+    if not eos or not all(_is_token(token, vocab_size) for token in eos):
         raise DsoptError(f"{checkpoint.source.path}: eos_token_id {eos} is not in the vocabulary of {vocab_size}")
     bos = fields.get("bos_token_id")
-    return (bos if isinstance(bos, int) else None), eos
+    return (bos if _is_token(bos, vocab_size) else None), eos
+
+
+def _is_token(value: object, vocab_size: int) -> bool:
+    return type(value) is int and 0 <= value < vocab_size

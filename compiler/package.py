@@ -61,13 +61,18 @@ def _take_place(aside: Path, out: Path) -> None:
 
 
 def _remove_leftovers(out: Path) -> None:
-    """What processes that are gone left; one with this process's own id too, ids repeat in containers."""
+    """What processes that are gone left; one with this process's own id too, ids repeat in containers.
+
+    One killed between its two renames left the old artifact as `.old`: it goes back to its place.
+    """
     prefix = f".{out.name}{_PARTIAL}"
-    for path in out.parent.iterdir():
+    for path in list(out.parent.iterdir()):
         found = path.name.startswith(prefix)
         pid = path.name.removeprefix(prefix).partition("-")[0].removesuffix(".old")
         gone = pid.isdigit() and (int(pid) == os.getpid() or not _is_running(int(pid)))
-        if found and gone:
+        if found and gone and path.suffix == ".old" and not out.exists():
+            path.rename(out)
+        elif found and gone:
             shutil.rmtree(path, ignore_errors=True)
 
 

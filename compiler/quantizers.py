@@ -102,7 +102,8 @@ def _asymmetric(x: Tensor, bits: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _safe_inverse(scale: Tensor) -> Tensor:
-    return torch.where(scale == 0, torch.zeros_like(scale), 1 / scale)
+    """1 / scale, and 0 where that would overflow: weights so small are zero."""
+    return torch.where(scale.abs() < 1e-37, torch.zeros_like(scale), 1 / scale)
 
 
 def quantize_columns(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,7 +86,10 @@ def _tokenizer_files(path: Path) -> dict[str, bytes]:
             read_json(path / name)
             files[name] = (path / name).read_bytes()
     if (template := _chat_template(path)) is not None:
-        files["chat_template.jinja"] = template.encode()
+        try:
+            files["chat_template.jinja"] = template.encode()
+        except UnicodeEncodeError as error:
+            raise DsoptError(f"{path}: the chat template is not valid text ({error.reason})") from error
     return files
 
 

@@ -40,14 +40,19 @@ class Tokenizer:
         path = directory / "tokenizer.json"
         if not path.is_file():
             raise DsoptError(f"{directory} has no tokenizer.json; name a directory that `dsopt compile` wrote")
+        return cls.from_bytes(path.read_bytes(), path)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: Path) -> "Tokenizer":
+        """Read the content of a tokenizer.json; `where` names it in errors, which are as those of `load`."""
         try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
+            backend = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises bare Exception
-            raise DsoptError(f"{path} is not a readable tokenizer ({error}); compile the model again") from error
+            raise DsoptError(f"{where} is not a readable tokenizer ({error})") from error
         try:
             return cls(backend)
         except DsoptError as error:
-            raise DsoptError(f"{path}: {error}") from error
+            raise DsoptError(f"{where}: {error}") from error
 
     @property
     def vocab_size(self) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from dsopt.compiler.models.layers import GatedMlp, group_query_attention, rotary_tables
 from dsopt.runtime.errors import DsoptError
 
+_LONGEST = 1 << 24  # positions; the rotary tables of more would fill the memory before anything else is looked at
+
 
 @dataclass(frozen=True)
 class Config:
@@ -65,6 +67,12 @@ class Config:
                 raise DsoptError(f"config.json: {field} = true is not supported for llama models")
         if any(size < 1 for size in dataclasses.astuple(self) if type(size) is int):
             raise DsoptError("config.json: a size is zero or negative")
+        if self.max_position_embeddings > _LONGEST:
+            raise DsoptError(
+                f"config.json: max_position_embeddings {self.max_position_embeddings} is beyond {_LONGEST}"
+            )
+        if not 0 < self.rms_norm_eps < 1:
+            raise DsoptError(f"config.json: rms_norm_eps {self.rms_norm_eps} is not between 0 and 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise DsoptError(
                 f"config.json: {self.num_attention_heads} attention heads cannot share "

@@ -176,9 +176,11 @@ def forget_peak() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux' record of the peak")
-def test_the_weights_never_stand_in_memory_together(plan_tiny: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_weights_never_stand_in_memory_together(
+    plan_tiny: Callable[..., Any], tiny_llama_dir: Callable[..., Path], tmp_path: Path
+) -> None:
     """50 million weights, 200 MB as float32; the largest tensor has 13."""
-    source = write_large(tmp_path / "large")
+    source = write_large(tmp_path / "large", (tiny_llama_dir() / "tokenizer.json").read_bytes())
     for recipe in ("none", "int8"):
         plan = plan_tiny(recipe, source=source)
         forget_peak()
@@ -188,14 +190,14 @@ def test_the_weights_never_stand_in_memory_together(plan_tiny: Callable[..., Any
     assert (tmp_path / "none" / "model.onnx.data").stat().st_size > 190e6
 
 
-def write_large(folder: Path) -> Path:
+def write_large(folder: Path, tokenizer: bytes) -> Path:
     config = {"model_type": "llama", "vocab_size": 320, "hidden_size": 1024, "intermediate_size": 2816,
               "num_hidden_layers": 4, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64,
               "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
               "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_bytes(tokenizer)
     norm = (1024,)
     layer = {"input_layernorm": norm, "post_attention_layernorm": norm, "self_attn.q_proj": (1024, 1024),
              "self_attn.k_proj": (512, 1024), "self_attn.v_proj": (512, 1024), "self_attn.o_proj": (1024, 1024),
@@ -206,3 +208,12 @@ def write_large(folder: Path) -> Path:
     weights = {f"{name}.weight": np.resize(row, shape) for name, shape in shapes.items()}
     save_file(weights, folder / "model.safetensors")
     return folder
+
+
+def test_a_broken_tokenizer_is_said_before_anything_is_written(
+    tiny_llama_dir: Callable[..., Path],
+) -> None:
+    source = tiny_llama_dir("mute")
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(DsoptError, match="not a readable tokenizer"):
+        build.plan(open_checkpoint(str(source)), Recipe.parse("none"))
