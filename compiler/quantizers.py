@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # How far beyond the largest magnitude the code range may reach, or stop short of it (then that weight is clipped).
-_SYMMETRIC_GRID = {4: (1.1, 1.05, 1.0, 0.94, 0.88, 0.8), 8: (1.0,)}
+_SYMMETRIC_GRID = {4: (1.08, 1.0, 0.9), 8: (1.0,)}
 _ASYMMETRIC_GRID = {4: (1.0, 0.93, 0.86), 8: (1.0,)}
 _CHUNK = 1 << 17  # elements a thread works on at a time: its temporaries stay in the L2 cache
 
