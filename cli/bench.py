@@ -3,7 +3,7 @@
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from dsopt.runtime.session import Session
 
 _RANGE = re.compile(r"(\d+)-(\d+)(?:([+*])(\d+))?")
+_MOST = 10_000  # values of an option and tests of a run: more are a slip of the keyboard
 _FEW = 3  # with fewer repetitions a deviation says little
 
 
@@ -90,15 +91,22 @@ def _workloads(
         shapes.append((int(match[1]), int(match[2])))
     if not shapes:
         raise UsageError("nothing to measure: -p and -n are 0 and there is no -pg")
-    return [Workload(p, n, depth) for depth in _numbers("-d", depths) for p, n in shapes]
+    deep = _numbers("-d", depths)
+    if len(deep) * len(shapes) > _MOST:
+        raise UsageError(f"-p, -n, -pg and -d make {len(deep) * len(shapes)} tests; at most {_MOST}")
+    return [Workload(p, n, depth) for depth in deep for p, n in shapes]
 
 
 def _numbers(option: str, texts: Sequence[str]) -> list[int]:
     """`128,256` and ranges `first-last`, `first-last+step`, `first-last*factor`."""
-    return list(itertools.chain.from_iterable(_range(option, part) for text in texts for part in text.split(",")))
+    ranges = (_range(option, part) for text in texts for part in text.split(","))
+    numbers = list(itertools.islice(itertools.chain.from_iterable(ranges), _MOST + 1))
+    if len(numbers) > _MOST:
+        raise UsageError(f"{option} is {','.join(texts)!r}: more than {_MOST} values; give a larger step")
+    return numbers
 
 
-def _range(option: str, text: str) -> list[int]:
+def _range(option: str, text: str) -> Iterable[int]:
     if text.isascii() and text.isdigit():
         return [int(text)]
     match = _RANGE.fullmatch(text)
@@ -107,10 +115,9 @@ def _range(option: str, text: str) -> list[int]:
     first, last, kind, step = int(match[1]), int(match[2]), match[3] or "+", int(match[4] or 1)
     if first > last or step < (2 if kind == "*" else 1) or (kind == "*" and first == 0):
         raise UsageError(f"{option} is {text!r}: this range does not rise to its end")
-    numbers = [first]
-    while (following := numbers[-1] * step if kind == "*" else numbers[-1] + step) <= last:
-        numbers.append(following)
-    return numbers
+    if kind == "+":
+        return range(first, last + 1, step)
+    return itertools.takewhile(lambda number: number <= last, (first * step**n for n in itertools.count()))
 
 
 def _print(session: "Session", workloads: "Sequence[Workload]", repetitions: int, output: str) -> Iterator[str]:

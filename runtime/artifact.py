@@ -17,10 +17,28 @@ FORMAT = 1
 MANIFEST = "dsopt.json"
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 
+Fields = Mapping[str, type]
+_TEXTS: Fields = dict.fromkeys(("name", "recipe", "target", "family"), str)
+_OBJECTS: dict[str, Fields] = {
+    "source": dict.fromkeys(("kind", "name", "sha256"), str),
+    "model": dict.fromkeys(
+        ("layers", "hidden_size", "heads", "kv_heads", "head_dim", "vocab_size", "context_length", "parameters"), int
+    ),
+    "files": {},
+    "versions": {},
+}
+_NODE: Fields = {"name": str, "role": str, "format": str, "shape": list, "bytes": int}
+_FILE: Fields = {"bytes": int, "sha256": str}
+_NAMES = {str: "text", int: "integer", list: "list", dict: "object"}
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """What an artifact is and how it came to be. `nodes` has one entry a linear layer, in graph order."""
+    """What an artifact is and how it came to be.
+
+    `nodes` has one entry a linear layer, in graph order, and one for the embedding: name, role, layer (an index,
+    None for head and embedding), shape, format, bytes.
+    """
 
     name: str  # the checkpoint's short name
     recipe: str
@@ -30,7 +48,7 @@ class Manifest:
     model: Mapping[str, int]  # layers, hidden_size, heads, kv_heads, head_dim, vocab_size, context_length, parameters
     bos: int | None
     eos: tuple[int, ...]
-    nodes: tuple[Mapping[str, Any], ...]  # name, role, layer, op, format, bytes
+    nodes: tuple[Mapping[str, Any], ...]  # name, role, layer, shape, format, bytes
     files: Mapping[str, Mapping[str, Any]]  # by file name: bytes, sha256
     versions: Mapping[str, str]
     quality: Mapping[str, Any] | None = None  # measured loss against the checkpoint
@@ -48,7 +66,7 @@ class Manifest:
         try:
             raw = json.loads(data)
             version = raw["format"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DsoptError(f"{where}: not a dsopt manifest ({error!r}); compile the model again") from error
         if version != FORMAT:
             raise DsoptError(f"{where}: artifact format {version}, this dsopt reads {FORMAT}; compile the model again")
@@ -56,15 +74,32 @@ class Manifest:
         if names != set(raw):
             odd = ", ".join(sorted(names ^ set(raw)))
             raise DsoptError(f"{where}: manifest with missing or unknown fields ({odd}); compile the model again")
-        for name in ("eos", "nodes", "drafters"):
-            _require(isinstance(raw[name], list), name, "a list", where)
-            raw[name] = tuple(raw[name])
-        for name in ("source", "model", "files", "versions"):
-            _require(isinstance(raw[name], dict), name, "an object", where)
-        for name in (GRAPH, WEIGHTS, *raw["files"]):
-            entry = raw["files"].get(name)
-            _require(isinstance(entry, dict) and {"bytes", "sha256"} <= set(entry), name, "among the files", where)
-        return cls(**raw)
+        _check_values(raw, where)
+        return cls(**{**raw, **{name: tuple(raw[name]) for name in ("eos", "nodes", "drafters")}})
+
+
+def _check_values(raw: Mapping[str, Any], where: Path) -> None:
+    for name in _TEXTS:
+        _require(_has(raw, {name: str}), name, "a text", where)
+    for name, inner in _OBJECTS.items():
+        _require(_has(raw[name], inner), name, f"an object{_listed(inner)}", where)
+    for name, kind in (("eos", int), ("nodes", dict), ("drafters", str)):
+        good = isinstance(raw[name], list) and all(type(value) is kind for value in raw[name])
+        _require(good, name, f"a list ({_NAMES[kind]} each)", where)
+    _require(raw["bos"] is None or type(raw["bos"]) is int, "bos", "an integer or null", where)
+    for number, node in enumerate(raw["nodes"]):
+        _require(_has(node, _NODE), f"nodes[{number}]", f"an object{_listed(_NODE)}", where)
+    for name in (GRAPH, WEIGHTS, *raw["files"]):
+        _require(_has(raw["files"].get(name), _FILE), name, f"among the files{_listed(_FILE)}", where)
+
+
+def _has(value: object, wanted: Fields) -> bool:
+    """Whether `value` is an object with these fields of exactly these types: true is no integer."""
+    return isinstance(value, dict) and all(type(value.get(name)) is kind for name, kind in wanted.items())
+
+
+def _listed(wanted: Fields) -> str:
+    return " with " + ", ".join(f"{name} ({_NAMES[kind]})" for name, kind in wanted.items()) if wanted else ""
 
 
 def _require(good: bool, name: str, what: str, where: Path) -> None:

@@ -18,9 +18,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dsopt"
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` beside `path` and rename it over: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_atomically(path: Path, data: bytes, *, parents: bool = True) -> None:
+    """Write `data` beside `path` and rename it over: a reader sees the old file or the new one.
+
+    `parents` makes missing directories: for dsopt's own cache, not where a user may have mistyped a path.
+    """
+    if parents:
+        path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
@@ -40,11 +44,11 @@ def _stamp(path: Path) -> list[int]:
 
 def remember_sha256(path: Path, digest: str) -> None:
     """Record the hash of a file just written, so that the first reader need not hash it again."""
-    entry = {"stamp": _stamp(path), "sha256": digest}
     try:
+        entry = {"stamp": _stamp(path), "sha256": digest}
         write_atomically(_stamp_path(path), json.dumps(entry).encode())
     except OSError:
-        return  # a read-only cache costs a rehash next time, nothing else
+        return  # a read-only cache, or a file replaced meanwhile, costs a rehash next time, nothing else
 
 
 def hash_content(path: Path) -> str:

@@ -114,11 +114,13 @@ class Model:
         At most `limit` tokens, or as many as the context holds; ends at an end token or a string of `stop`.
         With `top` = k each step has its log-probability and the k best. `state` is the sequence to go on
         from: what it shares with `tokens` is not computed again, and it takes up the answer.
-        Raises DsoptError when the prompt leaves no room for an answer, before anything is computed.
+        Raises DsoptError when the prompt has a token the model does not know or leaves no room for an answer,
+        before anything is computed.
         """
         room = self.session.context - len(tokens)
         if not tokens:
             raise DsoptError("the prompt has no tokens; give it some text")
+        self._check_ids(tokens)
         if room < 0 or (room == 0 and limit != 0):
             raise DsoptError(
                 f"the prompt has {len(tokens)} tokens and leaves no room for an answer in a context of "
@@ -128,13 +130,22 @@ class Model:
         detokenizer = Detokenizer(self.tokenizer, stop=stop)
         return Stream(self, state, tokens, sampler or Sampler(Sampling()), detokenizer, limit, top)
 
+    def _check_ids(self, tokens: Sequence[int]) -> None:
+        size = self.session.vocab_size
+        unknown = next((token for token in tokens if not 0 <= token < size), None)
+        if unknown is not None:
+            raise DsoptError(
+                f"the prompt has token {unknown}, the model's vocabulary has {size}: "
+                "tokenizer and model do not belong together"
+            )
+
     def _larger_context(self) -> str:
         most = self.artifact.manifest.model["context_length"]
         return f" or raise --ctx (at most {most})" if self.session.context < most else ""
 
     def _render(self, messages: Sequence[Message]) -> str:
         template = self.artifact.text("chat_template.jinja")
-        if template is None:
+        if not template:  # an empty one would swallow the messages
             raise DsoptError(f"{self.artifact.directory}: this model has no chat template; use --raw")
         return self._render_chat(template, messages, variables=self._special_tokens())
 

@@ -5,6 +5,7 @@ min-p and one draw from what is left, renormalised. Ties go to the lower token i
 """
 
 import math
+import operator
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,8 +105,8 @@ class Sampler:
         try:
             generator = np.random.PCG64(0)
             generator.state = state["generator"]
-            seed = int(state["seed"])
-        except (KeyError, TypeError, ValueError) as error:
+            seed = operator.index(state["seed"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise DsoptError(f"the saved sampling state is damaged ({error!r}); start anew with --seed") from error
         self.seed, self._random = seed, np.random.Generator(generator)
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsopt.runtime.artifact import Artifact
-from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.errors import DsoptError, UsageError
 from dsopt.runtime.kv import KvCache, LayerShape
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the wheels upload usage data unless told not to
@@ -32,6 +32,13 @@ def default_threads() -> int:
     return len(cores)
 
 
+def check_threads(threads: int | None) -> None:
+    """Raises UsageError on more threads than processors: each would only wait for another's."""
+    processors = os.cpu_count()
+    if threads is not None and processors is not None and threads > processors:
+        raise UsageError(f"--threads is {threads}; this machine has {processors} processors, give at most as many")
+
+
 class Session:
     """A loaded model. Immutable: what a sequence remembers is in its KvCache, what a call needs is in a Binding.
 
@@ -42,6 +49,7 @@ class Session:
     _pool_threads: int | None = None
 
     def __init__(self, artifact: Artifact, *, threads: int | None = None, context: int | None = None) -> None:
+        check_threads(threads)
         self.artifact = artifact
         self.threads = self._share_pool(threads or default_threads())
         limit = artifact.manifest.model["context_length"]

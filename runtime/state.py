@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
@@ -15,9 +17,15 @@ from dsopt.runtime.artifact import GRAPH, WEIGHTS, Artifact
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.files import write_atomically
 from dsopt.runtime.kv import KvCache
+from dsopt.runtime.sampling import Sampler, Sampling
 
 _KIND, _VERSION = "dsopt-state", "1"
 _IDENTITY = (GRAPH, WEIGHTS, "tokenizer.json")  # what token ids and cache mean
+# What reading foreign bytes raises: the file's form, JSON, NumPy, the checks here and that of the sampler.
+_DAMAGE = (
+    *(SafetensorError, KeyError, ValueError, IndexError, StopIteration, TypeError, OverflowError),
+    *(RecursionError, DsoptError),
+)
 
 
 @dataclass
@@ -65,15 +73,21 @@ def save_state(path: Path, state: State, artifact: Artifact) -> None:
         "messages": json.dumps(state.messages),
     }
     try:
-        write_atomically(path, save(tensors, metadata))
+        write_atomically(path, save(tensors, metadata), parents=False)
     except OSError as error:
         raise DsoptError(f"{path}: the state cannot be written ({error.strerror})") from error
 
 
 def check_replaceable(path: Path) -> None:
-    """Raises DsoptError when `path` exists and is no saved state: only those are replaced."""
-    if not path.exists():
-        return
+    """Raises DsoptError when no file can be made beside `path`, or it exists and is no saved state: only those
+    are replaced."""
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()  # permission bits do not tell all, such as of /proc
+        if not path.exists():
+            return
+    except OSError as error:
+        what = error.strerror or error
+        raise DsoptError(f"{path}: the state cannot be written ({what}); choose another --save-state") from error
     try:
         _read_metadata(path)
     except DsoptError as error:
@@ -83,8 +97,8 @@ def check_replaceable(path: Path) -> None:
 def load_state(path: Path, artifact: Artifact, cache: KvCache) -> State:
     """Read a state into an empty cache of the same model.
 
-    Raises DsoptError when the file is missing, no state, cut short, of another model or longer than the
-    context.
+    Raises DsoptError when the file is missing, no state, cut short, damaged, of another model or longer than
+    the context.
     """
     metadata = _read_metadata(path)
     if metadata.get("identity") != _identity(artifact):
@@ -92,17 +106,46 @@ def load_state(path: Path, artifact: Artifact, cache: KvCache) -> State:
             f"{path}: saved with another model ({metadata.get('model')}), this one is "
             f"{artifact.manifest.name} {artifact.manifest.recipe}; load it with the model that saved it"
         )
-    with safe_open(path, "numpy") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     try:
-        tokens = [int(token) for token in tensors.pop("tokens")]
+        with safe_open(path, "numpy") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tokens = _checked_tokens(tensors.pop("tokens"), artifact.manifest.model["vocab_size"])
         parts = {name.removeprefix("kv."): part for name, part in tensors.items()}
-        length = next(iter(parts.values())).shape[1]
-        state = State(cache, tokens, json.loads(metadata["sampling"]), json.loads(metadata["messages"]))
-    except (KeyError, ValueError, IndexError, StopIteration) as error:
-        raise DsoptError(f"{path}: damaged state ({error!r}); generate anew") from error
+        length = _checked_length(parts, len(tokens))
+        sampling, messages = json.loads(metadata["sampling"]), _checked_messages(json.loads(metadata["messages"]))
+        if sampling is not None:
+            Sampler(Sampling()).restore(sampling)
+    except _DAMAGE as error:
+        raise DsoptError(f"{path}: damaged state ({' '.join(repr(error).split())}); generate anew") from error
     cache.restore(parts, length)
-    return state
+    return State(cache, tokens, sampling, messages)
+
+
+def _checked_tokens(tokens: NDArray[Any], vocab_size: int) -> list[int]:
+    if tokens.dtype != np.int64 or tokens.ndim != 1:
+        raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}, not int64 [n]")
+    if len(tokens) and not (0 <= tokens.min() and tokens.max() < vocab_size):
+        raise ValueError(f"a token outside the vocabulary of {vocab_size}")
+    return [int(token) for token in tokens]
+
+
+def _checked_length(parts: Mapping[str, NDArray[Any]], tokens: int) -> int:
+    if any(part.dtype != np.float32 for part in parts.values()):
+        raise ValueError("a cache that is not float32")
+    length = int(next(iter(parts.values())).shape[1])
+    if length > tokens:
+        raise ValueError(f"a cache of {length} positions for {tokens} tokens")
+    return length
+
+
+def _checked_messages(messages: Any) -> Any:
+    """None or a list of objects with role and content, as a chat template takes them."""
+    good = messages is None or isinstance(messages, list)
+    for message in messages or () if good else ():
+        good &= isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+    if not good:
+        raise ValueError("messages that are no list of role and content")
+    return messages
 
 
 def _read_metadata(path: Path) -> dict[str, str]:

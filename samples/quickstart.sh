@@ -5,4 +5,4 @@ set -eu
 cd "$(dirname "$0")/.."
 sh .ci/environment
 model=$(.venv/bin/dsopt compile smollm2)
-exec .venv/bin/dsopt generate -m "$model" -- "${1:-What is the capital of France?}"
+exec .venv/bin/dsopt generate -m "$model" -- "${1:-Why is the sky blue?}"

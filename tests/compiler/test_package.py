@@ -360,6 +360,14 @@ MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a list for the files": (changed(files=["model.onnx"]), "files"),
     "a file without its hash": (changed(files={"model.onnx": {"bytes": 3}}), "model.onnx"),
     "no graph among the files": (changed(files={}), "model.onnx"),
+    "a number for the name": (changed(name=3), "name is not a text"),
+    "an empty model": (changed(model={}), "model is not an object with layers"),
+    "a text for a size": (lambda m: {**m, "model": {**m["model"], "vocab_size": "many"}}, "model is not"),
+    "true for a size": (lambda m: {**m, "model": {**m["model"], "layers": True}}, "model is not"),
+    "a text for an end token": (changed(eos=["257"]), "eos is not a list"),
+    "a text for a node": (changed(nodes=["q_proj"]), "nodes is not a list"),
+    "a node without its bytes": (lambda m: {**m, "nodes": [{**m["nodes"][0], "bytes": None}]}, "nodes.0. is not"),
+    "a source without its hash": (changed(source={"kind": "gguf", "name": "x"}), "source is not"),
 }
 
 

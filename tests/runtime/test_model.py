@@ -1,5 +1,6 @@
 """Text above token ids: prompts, the stream of pieces and how it ends."""
 
+import os
 import subprocess
 import sys
 from itertools import islice
@@ -10,7 +11,7 @@ import pytest
 
 from dsopt.runtime import load
 from dsopt.runtime import session as sessions
-from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.errors import DsoptError, UsageError
 from dsopt.runtime.model import Model, Stream
 from dsopt.runtime.sampling import Sampler, Sampling
 
@@ -159,8 +160,25 @@ def test_a_seed_gives_the_same_answer_again(model: Model) -> None:
     assert answer(seed + 1)[0] != tokens
 
 
-def test_a_model_without_a_template_says_so(model: Model, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(model.artifact), "text", lambda self, name: None)
+@pytest.mark.parametrize("token", [-1, 320])
+def test_a_token_outside_the_vocabulary_is_refused(model: Model, token: int) -> None:
+    message = f"the prompt has token {token}, the model's vocabulary has 320: tokenizer and model"
+    with pytest.raises(DsoptError, match=message):
+        model.stream([1, token])
+    assert len(ids(model.stream([0, 319], limit=1))) == 1
+
+
+def test_more_threads_than_processors_are_refused(tiny_artifact: Path) -> None:
+    processors = os.cpu_count() or 1
+    with pytest.raises(UsageError, match=f"--threads is {processors + 1}; this machine has {processors} processors"):
+        load(tiny_artifact, threads=processors + 1)
+
+
+@pytest.mark.parametrize("template", [None, ""])
+def test_a_model_without_a_template_says_so(
+    model: Model, template: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(model.artifact), "text", lambda self, name: template)
     with pytest.raises(DsoptError, match="no chat template; use --raw"):
         model.prompt(USER)
 

@@ -4,7 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from dsopt.runtime import load, state
 from dsopt.runtime.errors import DsoptError
@@ -159,14 +162,52 @@ def test_paths_that_cannot_be(model: Model, saved: Path, tmp_path: Path) -> None
         load_state(tmp_path / "nowhere", model.artifact, model.session.new_cache())
     with pytest.raises(DsoptError, match="exists and is no saved state"):
         check_replaceable(tmp_path)
+    for place in (tmp_path / "no" / "such", saved):
+        with pytest.raises(DsoptError, match=r"new: the state cannot be written \(.*\); choose another"):
+            check_replaceable(place / "new")
+    before = sorted(tmp_path.rglob("*"))
     check_replaceable(saved)
     check_replaceable(tmp_path / "new")
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(DsoptError, match="cannot be written"):
+        save_state(tmp_path / "no" / "new", model.new_state(), model.artifact)
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"tokens": np.array([[1, 2]])},
+        {"tokens": np.array([1.0, 2.0])},
+        {"tokens": np.array([1, 2, 3, 4, 5, 6, 7, 320])},
+        {"tokens": np.array([1, -2, 3, 4, 5, 6, 7, 8])},
+        {"tokens": np.array([1, 2])},
+        {"kv.0.key": np.zeros((1, 7, 16), np.int64)},
+        {"messages": "{}"},
+        {"messages": '["hi"]'},
+        {"messages": '[{"role": "user"}]'},
+        {"messages": "[" * 100_000},
+        {"sampling": "[]"},
+        {"sampling": '{"seed": 1, "generator": {}}'},
+        {"sampling": '{"seed": 1, "generator": {"bit_generator": "PCG64", "state": {"state": -1, "inc": 1}}}'},
+    ],
+)
+def test_a_damaged_state_is_one_line(model: Model, saved: Path, damage: dict[str, Any]) -> None:
+    with safe_open(saved, "numpy") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    for name, value in damage.items():
+        (metadata if name in metadata else tensors)[name] = value
+    save_file(tensors, saved, metadata)
+    with pytest.raises(DsoptError, match="saved: damaged state") as caught:
+        load_state(saved, model.artifact, model.session.new_cache())
+    assert "\n" not in str(caught.value)
 
 
 def test_a_failed_write_leaves_the_old_file(model: Model, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = saved.read_bytes()
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes, *, parents: bool) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(state, "write_atomically", full)
