@@ -124,7 +124,7 @@ def load_state(path: Path, artifact: Artifact, cache: KvCache) -> State:
 def _checked_tokens(tokens: NDArray[Any], vocab_size: int) -> list[int]:
     if tokens.dtype != np.int64 or tokens.ndim != 1:
         raise ValueError(f"tokens are {tokens.dtype} {list(tokens.shape)}, not int64 [n]")
-    if len(tokens) and not (0 <= tokens.min() and tokens.max() < vocab_size):
+    if len(tokens) and not (tokens.min() >= 0 and tokens.max() < vocab_size):
         raise ValueError(f"a token outside the vocabulary of {vocab_size}")
     return [int(token) for token in tokens]
 

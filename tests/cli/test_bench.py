@@ -114,7 +114,7 @@ def test_the_model_may_stand_behind_m(tiny_artifact: Path, capsys: pytest.Captur
         (["-p", "0", "-n", "0"], "nothing to measure", 2),
         (["-r", "0"], "-r is 0", 2),
         (["--threads", "0"], "--threads is 0", 2),
-        (["--threads", "99999"], "--threads is 99999; this machine has", 2),
+        (["-p", "4", "-n", "0", "--threads", "99999"], "--threads is 99999; this machine has", 2),
         (["-p", "257"], "pp257: 257 positions are needed; this model has 256", 1),
         (["-p", "8", "-n", "8", "-d", "250"], "pp8 @ d250: 258 positions are needed", 1),
     ],
