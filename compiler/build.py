@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,6 @@ from dsopt.runtime.artifact import Manifest
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.tokenizer import Tokenizer
 
-Notify = Callable[[str], None]
 _MADE_WITH = ("dsopt", "torch", "onnx_ir", "onnxscript")
 _DERIVED = ("rotary_emb.inv_freq",)  # some checkpoints store what the config already says
 

@@ -1,7 +1,7 @@
 """Which linear layer plays which part, proved on the graph and checked against the names.
 
-Passes ask for roles instead of matching names, so that a family with odd names, or a graph that is not what it
-seems, is an error here and not a wrong rewrite there.
+Passes ask for roles instead of matching names, so that a graph that is not what its names say is an error here and not
+a wrong rewrite there. Names are those of Hugging Face's decoders (`q_proj` ... `down_proj`, `lm_head`).
 """
 
 import re
