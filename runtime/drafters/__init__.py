@@ -1,0 +1,47 @@
+"""Drafters: what proposes tokens for the model to verify. One a file; the verifier knows only this interface.
+
+The target has a cache of processed tokens and one token chosen but not processed yet, the anchor. A drafter follows
+the processed tokens (`accept`) and proposes what may come after the anchor (`draft`). It keeps nothing of a proposal
+that was not accepted.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Proposed tokens, at most as many as asked for, none where the drafter has no idea.
+
+    survival: for each token an estimate of the probability that it is accepted, given that those before it are;
+        () where the drafter has none.
+    distributions: float64 [n, vocab], what each token was drawn from; None where it was not drawn but is certain
+        given what stands before it (a point mass).
+    """
+
+    tokens: tuple[int, ...] = ()
+    survival: tuple[float, ...] = ()
+    distributions: NDArray[np.float64] | None = None
+
+
+class Drafter(Protocol):
+    """Proposes tokens for one sequence."""
+
+    taps: tuple[int, ...]
+    """Layers of the target whose outputs `accept` wants, () for none."""
+
+    def begin(self) -> None:
+        """Forget everything: a new sequence starts, empty."""
+
+    def accept(self, tokens: Sequence[int], hidden: NDArray[np.float32] | None) -> None:
+        """The target processed `tokens` [n] and keeps them: a chunk of the prompt, or what a round accepted.
+
+        `hidden` [n, taps, width]: the outputs of the tapped layers at these tokens; None without taps.
+        """
+
+    def draft(self, anchor: int, limit: int) -> Draft:
+        """At most `limit` tokens that may follow the processed tokens and `anchor`."""
