@@ -15,8 +15,9 @@ from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.export import export
 from dsopt.compiler.models import find_family
 from dsopt.compiler.passes import CLEAN, pipeline
+from dsopt.compiler.passes.quantize_linears import module_name
 from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
-from dsopt.compiler.recipe import Format, Recipe
+from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import find_linears
 from dsopt.compiler.weights import Weight
 from dsopt.runtime.artifact import Manifest
@@ -107,11 +108,11 @@ def _bind_weights(model: ir.Model, checkpoint: Checkpoint, *, tied: bool) -> Non
 def _describe_weights(model: ir.Model, recipe: Recipe, *, tied: bool) -> list[dict[str, Any]]:
     """An entry a matrix: each linear layer, and the embedding (0 bytes where it is stored as the head)."""
     linears = find_linears(model.graph)
-    nodes = [_entry(x.name, x.role, x.layer, x.size, recipe.format(x.role)) for x in linears]
+    nodes = [_entry(x.name, x.role, x.layer, x.size, recipe.format(x.role, module_name(x))) for x in linears]
     vocab, width = linears[-1].size
     embedding = recipe.embedding(width)
     nodes.append(_entry("model.embed_tokens", "embed", None, (vocab, width), embedding))
-    if tied and embedding == recipe.format("head"):
+    if tied and embedding == recipe.format("head", HEAD):
         nodes[-1]["bytes"] = 0
     return nodes
 

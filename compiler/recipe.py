@@ -4,6 +4,8 @@ The first word is the format of every linear layer; `ROLE=FORMAT` overrides it f
 
     none            float32
     int4 int8       weight-only, MatMulNBits: per block of the input dimension a scale and, with `-zp`, a zero point
+    int4-min        per block a scale and a real minimum, as in GGUF's Q4_1 and Q4_K, which it stores without loss:
+                    an integer zero point, and what it misses as weights of the inputs' block means
     w8a8            int8 weights per output channel, activations quantized on the fly: DynamicQuantizeMatMul. The head
                     stays int8 unless said: one activation scale for all rows would make logits depend on their number
 
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from dsopt.compiler.roles import GROUPS, ROLES
 from dsopt.runtime.errors import UsageError
 
-_FORMAT = re.compile(r"(none|w8a8|int4|int8)(-zp)?(?:-b(16|32|64|128|256))?")
+_FORMAT = re.compile(r"(none|w8a8|int4|int8)(-zp|-min)?(?:-b(16|32|64|128|256))?")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Format:
     bits: int = 32
     block: int = 0
     zero_points: bool = False
+    minima: bool = False  # a real one for each block; zero_points is set too
 
     @classmethod
     def parse(cls, text: str) -> "Format":
@@ -36,11 +39,13 @@ class Format:
         if match is None:
             raise UsageError(f"--quant: {text!r} is no format; none, int4, int8, w8a8, with -zp and -b32 and the like")
         kind, zero_points, block = match.groups()
+        if kind == "int8" and zero_points == "-min":
+            raise UsageError(f"--quant: {text!r}: 8 bits have no use for minima; int8-zp has zero points")
         if kind in ("none", "w8a8"):
             if zero_points or block:
                 raise UsageError(f"--quant: {text!r}: {kind} has neither zero points nor blocks")
             return cls() if kind == "none" else cls("w8a8", 8)
-        return cls("nbits", int(kind[3:]), int(block or 32), bool(zero_points))
+        return cls("nbits", int(kind[3:]), int(block or 32), bool(zero_points), zero_points == "-min")
 
     def nbytes(self, n: int, k: int) -> int:
         """Bytes of a weight [n, k]: codes, float32 scales, zero points."""
@@ -48,15 +53,23 @@ class Format:
             return 4 * n * k
         if self.kernel == "w8a8":
             return n * k + 4 * n
-        blocks = -(-k // self.block)
+        blocks = self.blocks(k)
         zeros = -(-blocks * self.bits // 8) if self.zero_points else 0
         return n * (blocks * self.block * self.bits // 8 + 4 * blocks + zeros)
+
+    def blocks(self, k: int) -> int:
+        """Blocks that a row of k weights takes, those of the block means included."""
+        blocks = -(-k // self.block)
+        return blocks + (-(-blocks // self.block) if self.minima else 0)
 
     def __str__(self) -> str:
         if self.kernel != "nbits":
             return self.kernel
-        return f"int{self.bits}{'-zp' * self.zero_points}{'' if self.block == 32 else f'-b{self.block}'}"
+        offset = "-min" if self.minima else "-zp" * self.zero_points
+        return f"int{self.bits}{offset}{'' if self.block == 32 else f'-b{self.block}'}"
 
+
+HEAD = "lm_head"  # the head's module name, also where its weight is the embedding's
 
 # `auto` until a search chooses per node: the fastest of the recipes whose loss is hard to notice (see README).
 PRESETS = {"auto": "int8"}
@@ -69,6 +82,7 @@ class Recipe:
     text: str
     default: Format
     roles: Mapping[str, Format] = field(default_factory=dict)
+    modules: Mapping[str, Format] = field(default_factory=dict)  # by module name; goes before the role
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
@@ -89,16 +103,16 @@ class Recipe:
             roles.setdefault("head", Format("nbits", 8, 32))
         return cls(",".join([first, *overrides]), default, roles)
 
-    def format(self, role: str) -> Format:
-        return self.roles.get(role, self.default)
+    def format(self, role: str, module: str = "") -> Format:
+        return self.modules.get(module) or self.roles.get(role, self.default)
 
     def embedding(self, width: int) -> Format:
         """The table of the embedding: as said, else as the head (so that a tied table can be stored once).
 
-        A head in w8a8 has no layout that a gather can read; 8 bits in blocks stand in. Rows of `width` that are not
-        whole blocks stay float: a gather cannot read a padded row.
+        A head in w8a8 or with minima has no layout that a gather can read; 8 bits in blocks stand in. Rows of
+        `width` that are not whole blocks stay float: a gather cannot read a padded row.
         """
-        form = self.roles.get("embed", self.format("head"))
-        if form.kernel == "w8a8":
+        form = self.roles.get("embed", self.format("head", HEAD))
+        if form.kernel == "w8a8" or form.minima:
             form = Format("nbits", 8, 32)
         return Format() if form.kernel == "nbits" and width % form.block else form

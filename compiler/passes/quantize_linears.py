@@ -6,8 +6,17 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dsopt.compiler.quantizers import for_row_chunks, pack_nibbles, quantize_blocks, quantize_columns
-from dsopt.compiler.recipe import Format, Recipe
+from dsopt.compiler.gguf import GgufTensor
+from dsopt.compiler.gguf_blocks import counterpart, repack
+from dsopt.compiler.quantizers import (
+    Blocks,
+    for_row_chunks,
+    pack_nibbles,
+    quantize_blocks,
+    quantize_columns,
+    quantize_minima,
+)
+from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import Linear, find_linears
 from dsopt.compiler.weights import Shared, Weight, initializer, lazy
 
@@ -26,7 +35,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
         graph = model.graph
         modified = False
         for linear in find_linears(graph):
-            form = self.recipe.format(linear.role)
+            form = self.recipe.format(linear.role, module_name(linear))
             if form.kernel == "none":
                 continue
             weight = linear.weight
@@ -40,6 +49,10 @@ class QuantizeLinears(ir.passes.InPlacePass):
     def _nbits(self, graph: ir.Graph, linear: Linear, form: Format) -> ir.Node:
         n, k = linear.size
         weights = block_initializers(graph, linear.weight, form, self.importance.get(linear.name))
+        source = linear.node.inputs[0]
+        assert source is not None
+        if form.minima:
+            source, k = _with_block_means(graph, linear.node, source, form.block), k + k // form.block
         attributes = {
             "K": k,
             "N": n,
@@ -47,8 +60,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
             "block_size": form.block,
             "accuracy_level": ACCURACY_LEVEL,
         }
-        inputs = [linear.node.inputs[0], *weights]
-        return ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT)
+        return ir.node("MatMulNBits", [source, *weights], attributes, domain=MICROSOFT)
 
     def _w8a8(self, graph: ir.Graph, linear: Linear, form: Format) -> ir.Node:
         n, k = linear.size
@@ -57,6 +69,24 @@ class QuantizeLinears(ir.passes.InPlacePass):
         codes = initializer(graph, lazy(f"{name}.codes", (k, n), ir.DataType.INT8, lambda: shared.take("codes")))
         scales = initializer(graph, lazy(f"{name}.scales", (n,), ir.DataType.FLOAT, lambda: shared.take("scales")))
         return ir.node("DynamicQuantizeMatMul", [linear.node.inputs[0], codes, scales], domain=MICROSOFT)
+
+
+def module_name(linear: Linear) -> str:
+    """The name by which a recipe knows a linear layer: the checkpoint's, and `lm_head` for a tied head too."""
+    return HEAD if linear.role == "head" else linear.name
+
+
+def _with_block_means(graph: ir.Graph, before: ir.Node, x: ir.Value, block: int) -> ir.Value:
+    """x [b, s, K] with the means of its blocks behind it, [b, s, K + K / block]; one for all that read x."""
+    name = f"{x.name}.means-{block}"
+    found = [use.node for use in x.uses() if use.node.op_type == "Concat" and use.node.outputs[0].name == name]
+    if found:
+        return found[0].outputs[0]
+    pool = ir.node("AveragePool", [x], {"kernel_shape": [block], "strides": [block]}, name=f"{name}/AveragePool")
+    joined = ir.node("Concat", [x, pool.outputs[0]], {"axis": -1}, name=f"{name}/Concat")
+    joined.outputs[0].name = name
+    graph.insert_before(before, [pool, joined])
+    return joined.outputs[0]
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
@@ -81,7 +111,7 @@ def block_initializers(
         found = [graph.initializers.get(f"{name}.{part}") for part in ("codes", "scales", "zeros")]
         return [part for part in found if part is not None]
     n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
-    blocks = -(-k // form.block)
+    blocks = form.blocks(k)
     shared = Shared(lambda: _block_codes(weight, n, k, form, importance), keep=["zeros"])
     parts: list[tuple[str, tuple[int, ...], ir.DataType]] = [
         ("codes", (n, blocks, form.block * form.bits // 8), ir.DataType.UINT8),
@@ -95,22 +125,47 @@ def block_initializers(
     ]
 
 
+def is_exact(weight: Weight, form: Format) -> bool:
+    """Whether `form` holds the weight as the checkpoint does, code for code."""
+    return isinstance(weight.tensor, GgufTensor) and counterpart(weight.tensor.dtype) == form
+
+
 def _block_codes(weight: Weight, n: int, k: int, form: Format, importance: np.ndarray | None) -> dict[str, np.ndarray]:
-    blocks = -(-k // form.block)
+    blocks = form.blocks(k)
     codes = np.empty((n, blocks, form.block * form.bits // 8), np.uint8)
     scales = np.empty((n, blocks), np.float32)
     zeros = np.empty((n, -(-blocks * form.bits // 8)), np.uint8)
     weights = None if importance is None else torch.from_numpy(importance)
 
     def work(start: int, stop: int) -> None:
-        rows = torch.from_numpy(weight.read(start, stop))
-        made = quantize_blocks(rows, form.bits, form.block, zero_points=form.zero_points, importance=weights)
+        made = _quantize_rows(weight, start, stop, form, weights)
         pack = pack_nibbles if form.bits == 4 else torch.Tensor.numpy
         codes[start:stop], scales[start:stop] = pack(made.codes), made.scales.numpy()
         zeros[start:stop] = pack(made.zero_points)
 
     for_row_chunks(n, k, work)
     return {"codes": codes, "scales": scales, **({"zeros": zeros} if form.zero_points else {})}
+
+
+def _quantize_rows(weight: Weight, start: int, stop: int, form: Format, importance: torch.Tensor | None) -> Blocks:
+    if is_exact(weight, form):
+        assert isinstance(weight.tensor, GgufTensor)
+        made = repack(weight.tensor, start, stop)
+    elif form.minima:
+        rows = torch.from_numpy(weight.read(start, stop))
+        made = quantize_minima(rows, form.bits, form.block, importance=importance)
+    else:
+        rows = torch.from_numpy(weight.read(start, stop))
+        made = quantize_blocks(rows, form.bits, form.block, zero_points=form.zero_points, importance=importance)
+    return made if made.rest is None else _with_rest(made, form)
+
+
+def _with_rest(made: Blocks, form: Format) -> Blocks:
+    """The rest of each block as a weight of that block's mean: sum(rest * x) = rest * block * mean(x)."""
+    assert made.rest is not None
+    more = quantize_blocks(made.rest * form.block, form.bits, form.block, zero_points=True)
+    pairs = [(made.codes, more.codes), (made.scales, more.scales), (made.zero_points, more.zero_points)]
+    return Blocks(*(torch.cat(pair, 1) for pair in pairs))
 
 
 def _column_codes(weight: Weight, n: int, k: int) -> dict[str, np.ndarray]:
