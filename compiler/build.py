@@ -15,7 +15,7 @@ from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.export import export
 from dsopt.compiler.models import find_family
 from dsopt.compiler.passes import CLEAN, pipeline
-from dsopt.compiler.passes.quantize_linears import module_name
+from dsopt.compiler.passes.quantize_linears import Evidence, module_name
 from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import find_linears
@@ -42,8 +42,10 @@ class Plan:
         return package.stored_bytes(self.model)
 
 
-def plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
-    """Export and rewrite, computing no weight. Raises DsoptError on a model that is not supported."""
+def plan(checkpoint: Checkpoint, recipe: Recipe, evidence: Evidence | None = None) -> Plan:
+    """Export and rewrite, computing no weight; `evidence` tells what the inputs of each linear layer look like.
+
+    Raises DsoptError on a model that is not supported."""
     family = find_family(checkpoint.config.get("model_type"))
     config = family.Config.from_dict(checkpoint.config)
     # A model that cannot be spoken to is not worth compiling: a broken tokenizer is an error now.
@@ -53,7 +55,7 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     if config.tie_word_embeddings:
         TieEmbeddings()(model)
     _bind_weights(model, checkpoint, tied=config.tie_word_embeddings)
-    passes = pipeline(recipe)
+    passes = pipeline(recipe, evidence)
     for step in passes[: len(CLEAN)]:
         step(model)
     nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)

@@ -160,9 +160,9 @@ def quantize_columns(x: Tensor) -> tuple[Tensor, Tensor]:
     return codes.to(torch.int8), scales
 
 
-def for_row_chunks(rows: int, width: int, work: Callable[[int, int], None]) -> None:
+def for_row_chunks(rows: int, width: int, work: Callable[[int, int], None], step: int | None = None) -> None:
     """Call `work(start, stop)` for chunks of rows on all cores; tensor operations inside run single-threaded."""
-    step = max(1, _CHUNK // width)
+    step = step or max(1, _CHUNK // width)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

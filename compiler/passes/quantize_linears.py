@@ -1,13 +1,15 @@
 """FusedMatMul -> MatMulNBits or DynamicQuantizeMatMul, each linear in the format that the recipe gives its role."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from dsopt.compiler.calibrate import InputStatistics
 from dsopt.compiler.gguf import GgufTensor
 from dsopt.compiler.gguf_blocks import counterpart, repack
+from dsopt.compiler.gptq import inverse_factor, round_weights
 from dsopt.compiler.quantizers import (
     Blocks,
     for_row_chunks,
@@ -21,15 +23,20 @@ from dsopt.compiler.roles import Linear, find_linears
 from dsopt.compiler.weights import Shared, Weight, initializer, lazy
 
 MICROSOFT = "com.microsoft"
+_GPTQ_ROWS = 768  # rounded together: enough rows to hide the loop over channels, few enough for the cache
 ACCURACY_LEVEL = 4  # activations to int8 per block: the only level with fast CPU kernels
 
 
-class QuantizeLinears(ir.passes.InPlacePass):
-    """`importance` maps a module's name to E[x^2] of its input, float32 [K]; modules without it weigh all alike."""
+Evidence = Callable[[str], InputStatistics]
+"""What is known of a module's input, by module name."""
 
-    def __init__(self, recipe: Recipe, importance: Mapping[str, np.ndarray] | None = None) -> None:
+
+class QuantizeLinears(ir.passes.InPlacePass):
+    """With `evidence`, weights of few bits are rounded by GPTQ; without it, each to the nearest code."""
+
+    def __init__(self, recipe: Recipe, evidence: Evidence | None = None) -> None:
         super().__init__()
-        self.recipe, self.importance = recipe, importance or {}
+        self.recipe, self.evidence = recipe, evidence
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -48,7 +55,8 @@ class QuantizeLinears(ir.passes.InPlacePass):
 
     def _nbits(self, graph: ir.Graph, linear: Linear, form: Format) -> ir.Node:
         n, k = linear.size
-        weights = block_initializers(graph, linear.weight, form, self.importance.get(linear.name))
+        name, evidence = module_name(linear), self.evidence
+        weights = block_initializers(graph, linear.weight, form, (lambda: evidence(name)) if evidence else None)
         source = linear.node.inputs[0]
         assert source is not None
         if form.minima:
@@ -100,7 +108,7 @@ def _weight(value: ir.Value) -> Weight:
 
 
 def block_initializers(
-    graph: ir.Graph, value: ir.Value, form: Format, importance: np.ndarray | None = None
+    graph: ir.Graph, value: ir.Value, form: Format, evidence: Callable[[], InputStatistics] | None = None
 ) -> list[ir.Value]:
     """The lazily quantized `value` [N, K]: codes uint8 [N, blocks, bytes], scales [N, blocks], zero points or none.
 
@@ -112,7 +120,7 @@ def block_initializers(
         return [part for part in found if part is not None]
     n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
     blocks = form.blocks(k)
-    shared = Shared(lambda: _block_codes(weight, n, k, form, importance), keep=["zeros"])
+    shared = Shared(lambda: _block_codes(weight, n, k, form, evidence), keep=["zeros"])
     parts: list[tuple[str, tuple[int, ...], ir.DataType]] = [
         ("codes", (n, blocks, form.block * form.bits // 8), ir.DataType.UINT8),
         ("scales", (n, blocks), ir.DataType.FLOAT),
@@ -130,34 +138,44 @@ def is_exact(weight: Weight, form: Format) -> bool:
     return isinstance(weight.tensor, GgufTensor) and counterpart(weight.tensor.dtype) == form
 
 
-def _block_codes(weight: Weight, n: int, k: int, form: Format, importance: np.ndarray | None) -> dict[str, np.ndarray]:
+def _block_codes(
+    weight: Weight, n: int, k: int, form: Format, evidence: Callable[[], InputStatistics] | None
+) -> dict[str, np.ndarray]:
     blocks = form.blocks(k)
     codes = np.empty((n, blocks, form.block * form.bits // 8), np.uint8)
     scales = np.empty((n, blocks), np.float32)
     zeros = np.empty((n, -(-blocks * form.bits // 8)), np.uint8)
-    weights = None if importance is None else torch.from_numpy(importance)
 
-    def work(start: int, stop: int) -> None:
-        made = _quantize_rows(weight, start, stop, form, weights)
+    def keep(start: int, stop: int, made: Blocks) -> None:
+        made = made if made.rest is None else _with_rest(made, form)
         pack = pack_nibbles if form.bits == 4 else torch.Tensor.numpy
         codes[start:stop], scales[start:stop] = pack(made.codes), made.scales.numpy()
         zeros[start:stop] = pack(made.zero_points)
 
-    for_row_chunks(n, k, work)
+    if evidence is not None and form.bits < 8 and not is_exact(weight, form):
+        factor = inverse_factor(evidence().gram, form.block)
+
+        def work(start: int, stop: int) -> None:
+            keep(start, stop, _fed_back(weight, start, stop, factor, form))
+
+        for_row_chunks(n, k, work, _GPTQ_ROWS)
+    else:
+        for_row_chunks(n, k, lambda start, stop: keep(start, stop, _rounded(weight, start, stop, form)))
     return {"codes": codes, "scales": scales, **({"zeros": zeros} if form.zero_points else {})}
 
 
-def _quantize_rows(weight: Weight, start: int, stop: int, form: Format, importance: torch.Tensor | None) -> Blocks:
+def _fed_back(weight: Weight, start: int, stop: int, factor: torch.Tensor, form: Format) -> Blocks:
+    return round_weights(torch.from_numpy(weight.read(start, stop)), factor, form)
+
+
+def _rounded(weight: Weight, start: int, stop: int, form: Format) -> Blocks:
     if is_exact(weight, form):
         assert isinstance(weight.tensor, GgufTensor)
-        made = repack(weight.tensor, start, stop)
-    elif form.minima:
-        rows = torch.from_numpy(weight.read(start, stop))
-        made = quantize_minima(rows, form.bits, form.block, importance=importance)
-    else:
-        rows = torch.from_numpy(weight.read(start, stop))
-        made = quantize_blocks(rows, form.bits, form.block, zero_points=form.zero_points, importance=importance)
-    return made if made.rest is None else _with_rest(made, form)
+        return repack(weight.tensor, start, stop)
+    rows = torch.from_numpy(weight.read(start, stop))
+    if form.minima:
+        return quantize_minima(rows, form.bits, form.block)
+    return quantize_blocks(rows, form.bits, form.block, zero_points=form.zero_points)
 
 
 def _with_rest(made: Blocks, form: Format) -> Blocks:
