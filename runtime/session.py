@@ -51,7 +51,7 @@ class Session:
     def __init__(self, artifact: Artifact, *, threads: int | None = None, context: int | None = None) -> None:
         check_threads(threads)
         self.artifact = artifact
-        self.threads = self._share_pool(threads or default_threads())
+        self.threads = self.share_pool(threads or default_threads())
         limit = artifact.manifest.model["context_length"]
         if context is not None and not 0 < context <= limit:
             raise DsoptError(f"--ctx is {context}; this model has at most {limit} positions")
@@ -61,7 +61,8 @@ class Session:
         self.vocab_size = artifact.manifest.model["vocab_size"]
 
     @classmethod
-    def _share_pool(cls, threads: int) -> int:
+    def share_pool(cls, threads: int) -> int:
+        """Make the process's thread pool, once; returns the size it has. Sessions are made after it."""
         if cls._pool_threads is None:
             ort.set_global_thread_pool_sizes(threads, 1)
             Session._pool_threads = threads
@@ -127,11 +128,17 @@ class Binding:
         self._shape = (count, rows)
 
 
-def _load(artifact: Artifact) -> ort.InferenceSession:
+def session_options() -> ort.SessionOptions:
+    """What every session of the process is made with."""
     options = ort.SessionOptions()
     options.log_severity_level = 3  # `logits_start` being input and initializer is meant, not worth a warning
     options.use_per_session_threads = False
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return options
+
+
+def _load(artifact: Artifact) -> ort.InferenceSession:
+    options = session_options()
     try:
         return ort.InferenceSession(artifact.graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base of their own

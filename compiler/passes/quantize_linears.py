@@ -1,18 +1,17 @@
 """FusedMatMul -> MatMulNBits or DynamicQuantizeMatMul, each linear in the format that the recipe gives its role."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 import torch
 
+from dsopt.compiler.kernels import linear_node, weight_parts
 from dsopt.compiler.quantizers import for_row_chunks, pack_nibbles, quantize_blocks, quantize_columns
 from dsopt.compiler.recipe import Format, Recipe
 from dsopt.compiler.roles import Linear, find_linears
 from dsopt.compiler.weights import Shared, Weight, initializer, lazy
-
-MICROSOFT = "com.microsoft"
-ACCURACY_LEVEL = 4  # activations to int8 per block: the only level with fast CPU kernels
 
 
 class QuantizeLinears(ir.passes.InPlacePass):
@@ -30,33 +29,20 @@ class QuantizeLinears(ir.passes.InPlacePass):
             if form.kernel == "none":
                 continue
             weight = linear.weight
-            build = {"nbits": self._nbits, "w8a8": self._w8a8}[form.kernel]
-            _replace(graph, linear.node, build(graph, linear, form))
+            weights = self._weights(graph, linear, form)
+            _replace(graph, linear.node, linear_node(form, linear.node.inputs[0], weights, *linear.size))
             if not weight.uses():
                 graph.initializers.pop(str(weight.name))
             modified = True
         return ir.passes.PassResult(model, modified)
 
-    def _nbits(self, graph: ir.Graph, linear: Linear, form: Format) -> ir.Node:
+    def _weights(self, graph: ir.Graph, linear: Linear, form: Format) -> list[ir.Value]:
+        if form.kernel == "nbits":
+            return block_initializers(graph, linear.weight, form, self.importance.get(linear.name))
         n, k = linear.size
-        weights = block_initializers(graph, linear.weight, form, self.importance.get(linear.name))
-        attributes = {
-            "K": k,
-            "N": n,
-            "bits": form.bits,
-            "block_size": form.block,
-            "accuracy_level": ACCURACY_LEVEL,
-        }
-        inputs = [linear.node.inputs[0], *weights]
-        return ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT)
-
-    def _w8a8(self, graph: ir.Graph, linear: Linear, form: Format) -> ir.Node:
-        n, k = linear.size
-        source, name = _weight(linear.weight), linear.weight.name
+        source = _weight(linear.weight)
         shared = Shared(lambda: _column_codes(source, n, k))
-        codes = initializer(graph, lazy(f"{name}.codes", (k, n), ir.DataType.INT8, lambda: shared.take("codes")))
-        scales = initializer(graph, lazy(f"{name}.scales", (n,), ir.DataType.FLOAT, lambda: shared.take("scales")))
-        return ir.node("DynamicQuantizeMatMul", [linear.node.inputs[0], codes, scales], domain=MICROSOFT)
+        return _lazy_parts(graph, str(linear.weight.name), form, (n, k), shared)
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
@@ -81,17 +67,14 @@ def block_initializers(
         found = [graph.initializers.get(f"{name}.{part}") for part in ("codes", "scales", "zeros")]
         return [part for part in found if part is not None]
     n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
-    blocks = -(-k // form.block)
     shared = Shared(lambda: _block_codes(weight, n, k, form, importance), keep=["zeros"])
-    parts: list[tuple[str, tuple[int, ...], ir.DataType]] = [
-        ("codes", (n, blocks, form.block * form.bits // 8), ir.DataType.UINT8),
-        ("scales", (n, blocks), ir.DataType.FLOAT),
-    ]
-    if form.zero_points:
-        parts.append(("zeros", (n, -(-blocks * form.bits // 8)), ir.DataType.UINT8))
+    return _lazy_parts(graph, name, form, (n, k), shared)
+
+
+def _lazy_parts(graph: ir.Graph, name: str, form: Format, size: tuple[int, int], shared: Shared) -> list[ir.Value]:
     return [
-        initializer(graph, lazy(f"{name}.{part}", shape, dtype, lambda part=part: shared.take(part)))  # type: ignore[misc]
-        for part, shape, dtype in parts
+        initializer(graph, lazy(f"{name}.{part.name}", part.shape, part.dtype, partial(shared.take, part.name)))
+        for part in weight_parts(form, *size)
     ]
 
 

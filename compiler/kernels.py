@@ -1,0 +1,60 @@
+"""The operator of each weight format: the shapes of its weights, its node. Passes emit it, the profile times it.
+
+Sources: ONNX Runtime's contrib operators MatMulNBits, DynamicQuantizeMatMul and FusedMatMul.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from dsopt.compiler.recipe import Format
+
+MICROSOFT = "com.microsoft"
+ACCURACY_LEVEL = 4  # activations to int8 per block: the only level with fast CPU kernels
+
+
+@dataclass(frozen=True)
+class Part:
+    """One weight input of a kernel, by its name in the graph: `codes`, `scales`, `zeros`, or `` for a plain weight."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: ir.DataType
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def weight_parts(form: Format, n: int, k: int) -> list[Part]:
+    """The weight inputs of a linear layer y [M, n] = x [M, k] W^T in order; floats are float32."""
+    if form.kernel == "none":
+        return [Part("", (n, k), ir.DataType.FLOAT)]
+    if form.kernel == "w8a8":
+        return [Part("codes", (k, n), ir.DataType.INT8), Part("scales", (n,), ir.DataType.FLOAT)]
+    blocks = -(-k // form.block)
+    parts = [
+        Part("codes", (n, blocks, form.block * form.bits // 8), ir.DataType.UINT8),
+        Part("scales", (n, blocks), ir.DataType.FLOAT),
+    ]
+    if form.zero_points:
+        parts.append(Part("zeros", (n, -(-blocks * form.bits // 8)), ir.DataType.UINT8))
+    return parts
+
+
+def linear_node(form: Format, x: ir.Value | None, weights: Sequence[ir.Value], n: int, k: int) -> ir.Node:
+    """The node that multiplies x [..., k] with weights as `weight_parts` lists them."""
+    if form.kernel == "none":
+        return ir.node("FusedMatMul", [x, *weights], {"transB": 1}, domain=MICROSOFT)
+    if form.kernel == "w8a8":
+        return ir.node("DynamicQuantizeMatMul", [x, *weights], domain=MICROSOFT)
+    attributes = {
+        "K": k,
+        "N": n,
+        "bits": form.bits,
+        "block_size": form.block,
+        "accuracy_level": ACCURACY_LEVEL,
+    }
+    return ir.node("MatMulNBits", [x, *weights], attributes, domain=MICROSOFT)
