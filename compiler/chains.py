@@ -4,6 +4,7 @@ Weights are views of one random pool, handed to ONNX Runtime as external data, s
 a file; each copy has weights (or a cache) of its own, or the processor's cache would hide what a step must read.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ def _pool(dtype: ir.DataType) -> NDArray[Any]:
     return np.frombuffer(random.bytes(_POOL_BYTES), dtype.numpy())
 
 
+def _values(size: int, dtype: ir.DataType, start: int = 0) -> NDArray[Any]:
+    pool = _pool(dtype)
+    return pool[start : start + size] if start + size <= pool.size else np.resize(pool, size)
+
+
 def forget_pools() -> None:
     """Free the random values. Chains that are alive keep theirs."""
     _pool.cache_clear()
@@ -94,11 +100,10 @@ class _Builder:
         return value
 
     def _take(self, size: int, dtype: ir.DataType) -> NDArray[Any]:
-        pool = _pool(dtype)
-        if self._offset + size > pool.size:
+        if self._offset + size > _pool(dtype).size:
             self._offset = 0
         start, self._offset = self._offset, self._offset + -(-size // _ALIGNMENT) * _ALIGNMENT
-        return pool[start : start + size] if size <= pool.size else np.resize(pool, size)
+        return _values(size, dtype, start)
 
     def node(self, node: ir.Node, outputs: Sequence[tuple[str, Shape]], *, keep: bool = True) -> list[ir.Value]:
         """Append it; outputs that are kept become graph outputs, or the optimizer would drop the node."""
@@ -153,7 +158,7 @@ class Chain:
         if value.dtype == _INTEGERS:
             filled = np.full(shape, total - 1 if shape else total, np.int32)
             return _ort_value(filled, self._target.device if shape else "cpu")
-        return _ort_value(np.resize(_pool(value.dtype), int(np.prod(shape))).reshape(shape), self._target.device)
+        return _ort_value(_values(math.prod(shape), value.dtype).reshape(shape), self._target.device)
 
 
 def linear_chain(form: Format, n: int, k: int, copies: int, target: Target, dtype: str) -> Chain:
