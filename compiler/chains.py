@@ -18,11 +18,11 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from dsopt.compiler.kernels import MICROSOFT, Part, linear_node, weight_parts
+from dsopt.compiler.passes.lower_precision import FLOATS
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.targets import Target
 from dsopt.runtime.session import session_options
 
-FLOATS = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 _OPSET = 23
 _POOL_BYTES = 64 << 20  # weights start over when it is used up
 _ALIGNMENT = 64
@@ -67,8 +67,8 @@ def forget_pools() -> None:
 def _ort_value(array: NDArray[Any], device: str = "cpu") -> ort.OrtValue:
     """On the CPU the value reads the array in place and keeps it alive."""
     kind = ir.DataType.from_numpy(array.dtype).value
-    if array.dtype == ml_dtypes.bfloat16:
-        array = array.view(np.uint16)
+    if array.dtype in (ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn):
+        array = array.view(f"u{array.dtype.itemsize}")  # NumPy has no such type of its own
     if device == "cpu":
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, kind)
     value = ort.OrtValue.ortvalue_from_shape_and_type(list(array.shape), kind, device, 0)
@@ -90,7 +90,7 @@ class _Builder:
         return self.graph.inputs[-1]
 
     def weight(self, name: str, part: Part) -> ir.Value:
-        dtype = self.floats if part.dtype == ir.DataType.FLOAT else part.dtype
+        dtype = self.floats if part.dtype == ir.DataType.FLOAT and not part.fixed else part.dtype
         nbytes = int(part.size * dtype.itemsize)
         tensor = ir.ExternalTensor("pool", 0, nbytes, dtype, shape=ir.Shape(part.shape), name=name)
         value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
@@ -123,6 +123,8 @@ class Chain:
         self._inputs, self._outputs = list(built.graph.inputs), list(built.graph.outputs)
         self._weights = built.values  # the session reads them in place
         options = session_options()
+        if target.device != "cpu":
+            options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         options.add_external_initializers(built.names, built.values)
         model = ir.to_proto(ir.Model(built.graph, ir_version=10)).SerializeToString()
         self._session = ort.InferenceSession(model, options, providers=[target.provider])

@@ -1,6 +1,7 @@
 """The operator of each weight format: the shapes of its weights, its node. Passes emit it, the profile times it.
 
-Sources: ONNX Runtime's contrib operators MatMulNBits, DynamicQuantizeMatMul and FusedMatMul.
+Sources: ONNX Runtime's contrib operators MatMulNBits, DynamicQuantizeMatMul, FusedMatMul and
+MatMulBlockQuantizedFp8Weight.
 """
 
 import math
@@ -22,6 +23,7 @@ class Part:
     name: str
     shape: tuple[int, ...]
     dtype: ir.DataType
+    fixed: bool = False  # float32 whatever the activations are
 
     @property
     def size(self) -> int:
@@ -29,12 +31,17 @@ class Part:
 
 
 def weight_parts(form: Format, n: int, k: int) -> list[Part]:
-    """The weight inputs of a linear layer y [M, n] = x [M, k] W^T in order; floats are float32."""
+    """The weight inputs of a linear layer y [M, n] = x [M, k] W^T in order, for float32 activations."""
     if form.kernel == "none":
         return [Part("", (n, k), ir.DataType.FLOAT)]
     if form.kernel == "w8a8":
         return [Part("codes", (k, n), ir.DataType.INT8), Part("scales", (n,), ir.DataType.FLOAT)]
     blocks = -(-k // form.block)
+    if form.kernel == "fp8":
+        return [
+            Part("codes", (n, k), ir.DataType.FLOAT8E4M3FN),
+            Part("scales", (n, blocks), ir.DataType.FLOAT, fixed=True),
+        ]
     parts = [
         Part("codes", (n, blocks, form.block * form.bits // 8), ir.DataType.UINT8),
         Part("scales", (n, blocks), ir.DataType.FLOAT),
@@ -44,12 +51,26 @@ def weight_parts(form: Format, n: int, k: int) -> list[Part]:
     return parts
 
 
+def format_of(node: ir.Node) -> Format | None:
+    """The format that `linear_node` made the node for; None where it is another operator."""
+    if node.op_type == "MatMulNBits":
+        bits, block = (node.attributes[name].as_int() for name in ("bits", "block_size"))
+        return Format("nbits", bits, block, zero_points=len(node.inputs) > 3 and node.inputs[3] is not None)
+    words = {"FusedMatMul": "none", "DynamicQuantizeMatMul": "w8a8", "MatMulBlockQuantizedFp8Weight": "fp8"}
+    return Format.parse(words[node.op_type]) if node.op_type in words else None
+
+
 def linear_node(form: Format, x: ir.Value | None, weights: Sequence[ir.Value], n: int, k: int) -> ir.Node:
-    """The node that multiplies x [..., k] with weights as `weight_parts` lists them."""
+    """The node that multiplies x [..., k] with weights as `weight_parts` lists them.
+
+    CUDA's MatMulNBits does not look at the accuracy level: its activations stay float16 or bfloat16.
+    """
     if form.kernel == "none":
         return ir.node("FusedMatMul", [x, *weights], {"transB": 1}, domain=MICROSOFT)
     if form.kernel == "w8a8":
         return ir.node("DynamicQuantizeMatMul", [x, *weights], domain=MICROSOFT)
+    if form.kernel == "fp8":
+        return ir.node("MatMulBlockQuantizedFp8Weight", [x, *weights], {"block_size": form.block}, domain=MICROSOFT)
     attributes = {
         "K": k,
         "N": n,

@@ -17,7 +17,7 @@ from dsopt.compiler.kernel_table import Cell, KernelTable, canonical
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.targets import find_target
 from dsopt.runtime.files import cache_dir, write_atomically
-from dsopt.runtime.machine import cpu_name
+from dsopt.runtime.machine import cpu_name, gpu_name
 from dsopt.runtime.session import Session, default_threads
 
 ROWS = (1, 2, 4, 8, 16, 128, 512)
@@ -112,7 +112,7 @@ def _least(cells: Sequence[Cell], make: Callable[[Cell], Chain], seconds: float)
 def _machine(target: str, dtype: str, threads: int) -> dict[str, Any]:
     """What the times depend on."""
     return {
-        "device": cpu_name(),
+        "device": cpu_name() if target == "cpu" else gpu_name(),
         "target": target,
         "dtype": dtype,
         "threads": threads,

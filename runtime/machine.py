@@ -1,7 +1,9 @@
 """What machine this is, in words."""
 
+import ctypes
 import platform
 import re
+import sys
 from pathlib import Path
 
 
@@ -13,3 +15,15 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
     match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     return match[1].strip() if match else platform.machine()
+
+
+def gpu_name() -> str:
+    """The first NVIDIA GPU's model name; "" where the driver shows none."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        device, name = ctypes.c_int(0), ctypes.create_string_buffer(128)
+        failed = driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0)
+        failed = failed or driver.cuDeviceGetName(name, len(name), device)
+    except (OSError, AttributeError):
+        return ""
+    return "" if failed else name.value.decode(errors="replace")

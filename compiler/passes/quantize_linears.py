@@ -1,14 +1,15 @@
-"""FusedMatMul -> MatMulNBits or DynamicQuantizeMatMul, each linear in the format that the recipe gives its role."""
+"""FusedMatMul -> the operator of the format that the recipe gives each linear layer's role."""
 
 from collections.abc import Mapping
 from functools import partial
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
 
 from dsopt.compiler.kernels import linear_node, weight_parts
-from dsopt.compiler.quantizers import for_row_chunks, pack_nibbles, quantize_blocks, quantize_columns
+from dsopt.compiler.quantizers import for_row_chunks, pack_nibbles, quantize_blocks, quantize_columns, quantize_fp8
 from dsopt.compiler.recipe import Format, Recipe
 from dsopt.compiler.roles import Linear, find_linears
 from dsopt.compiler.weights import Shared, Weight, initializer, lazy
@@ -41,7 +42,8 @@ class QuantizeLinears(ir.passes.InPlacePass):
             return block_initializers(graph, linear.weight, form, self.importance.get(linear.name))
         n, k = linear.size
         source = _weight(linear.weight)
-        shared = Shared(lambda: _column_codes(source, n, k))
+        make = _fp8_codes if form.kernel == "fp8" else _column_codes
+        shared = Shared(lambda: make(source, n, k))
         return _lazy_parts(graph, str(linear.weight.name), form, (n, k), shared)
 
 
@@ -105,3 +107,14 @@ def _column_codes(weight: Weight, n: int, k: int) -> dict[str, np.ndarray]:
 
     for_row_chunks(n, k, work)
     return {"codes": codes, "scales": scales}
+
+
+def _fp8_codes(weight: Weight, n: int, k: int) -> dict[str, np.ndarray]:
+    codes, scales = np.empty((n, k), np.uint8), np.empty((n, -(-k // 128)), np.float32)
+
+    def work(start: int, stop: int) -> None:
+        rows, scale = quantize_fp8(torch.from_numpy(weight.read(start, stop)))
+        codes[start:stop], scales[start:stop] = rows.view(torch.uint8).numpy(), scale.numpy()
+
+    for_row_chunks(n, k, work)
+    return {"codes": codes.view(ml_dtypes.float8_e4m3fn), "scales": scales}
