@@ -1,12 +1,15 @@
 """dsopt compile: a checkpoint to an optimized ONNX directory, whose path is printed."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dsopt.cli.models import BUILT_IN, check_overwrite, default_directory, remember_last
 from dsopt.cli.progress import note, progress_bar
+
+if TYPE_CHECKING:
+    from dsopt.compiler.recipe import Recipe
 
 
 def compile_command(
@@ -16,8 +19,14 @@ def compile_command(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory to write. [default: in the cache]")] = None,
     quant: Annotated[
         str,
-        typer.Option(help="auto, none, int4, int8, w8a8; int4-zp, int8-b64, ...; then ROLE=FORMAT by commas."),
+        typer.Option(help="auto, none, int4, int8, w8a8, fp8; int4-zp, int8-b64, ...; then ROLE=FORMAT by commas."),
     ] = "auto",
+    target: Annotated[
+        str, typer.Option(help="cpu or cuda: what will run it. [default: what this machine has]", show_default=False)
+    ] = "auto",
+    dtype: Annotated[
+        str | None, typer.Option(help="Of activations and cache: fp32 on cpu; fp16 (default) or bf16 on cuda.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a compiled model that is in the way.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be done and its size, as JSON.")] = False,
 ) -> None:
@@ -26,17 +35,24 @@ def compile_command(
     A model compiled before with the same recipe from the same files is not compiled again.
     """
     if plan:
-        _print_plan(model, quant)
+        _print_plan(model, quant, target, dtype)
         return
-    print(compile_model(model, out, quant, force=force))
+    print(compile_model(model, out, quant, target, dtype, force=force))
 
 
-def compile_model(model: str, out: Path | None = None, quant: str = "auto", *, force: bool = False) -> Path:
+def compile_model(
+    model: str,
+    out: Path | None = None,
+    quant: str = "auto",
+    target: str = "auto",
+    dtype: str | None = None,
+    *,
+    force: bool = False,
+) -> Path:
     """Compile unless the same result is there already; returns its directory and remembers it as the last one."""
     from dsopt.compiler.checkpoint import open_checkpoint
-    from dsopt.compiler.recipe import Recipe
 
-    recipe = Recipe.parse(quant)
+    target, recipe = _target_and_recipe(quant, target, dtype)
     checkpoint = open_checkpoint(model, progress=note)
     directory = (
         out.absolute() if out else default_directory(checkpoint.source.name, recipe.text, checkpoint.source.sha256)
@@ -46,11 +62,23 @@ def compile_model(model: str, out: Path | None = None, quant: str = "auto", *, f
         from dsopt.compiler import build  # torch: two seconds that a wrong call need not wait for
 
         note(f"exporting {checkpoint.source.name}")
-        plan = build.plan(checkpoint, recipe)
+        plan = build.plan(checkpoint, recipe, target)
         with progress_bar("writing weights") as progress:
             build.write(plan, directory, progress=progress)
     remember_last(directory)
     return directory
+
+
+def _target_and_recipe(quant: str, target: str, dtype: str | None) -> "tuple[str, Recipe]":
+    """The target's name and the recipe with its float type. Raises DsoptError on a type without kernels there."""
+    from dsopt.compiler.recipe import Recipe
+    from dsopt.compiler.targets import find_target
+    from dsopt.runtime.devices import missing_provider
+
+    if target == "auto":
+        target = "cpu" if missing_provider("CUDAExecutionProvider") else "cuda"
+    chosen, recipe = find_target(target), Recipe.parse(quant)
+    return target, recipe.with_dtype(chosen.check_dtype(dtype or recipe.said_dtype))
 
 
 def _is_current(directory: Path, source: str, recipe: str) -> bool:
@@ -68,14 +96,14 @@ def _is_current(directory: Path, source: str, recipe: str) -> bool:
     return made == (version("dsopt"), source, recipe)
 
 
-def _print_plan(model: str, quant: str) -> None:
+def _print_plan(model: str, quant: str, target: str, dtype: str | None) -> None:
     import json
 
     from dsopt.compiler import build
     from dsopt.compiler.checkpoint import open_checkpoint
-    from dsopt.compiler.recipe import Recipe
 
-    made = build.plan(open_checkpoint(model, progress=note), Recipe.parse(quant))
+    target, recipe = _target_and_recipe(quant, target, dtype)
+    made = build.plan(open_checkpoint(model, progress=note), recipe, target)
     manifest = made.manifest
     report = {
         "name": manifest.name,

@@ -15,8 +15,10 @@ from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.export import export
 from dsopt.compiler.models import find_family
 from dsopt.compiler.passes import CLEAN, pipeline
+from dsopt.compiler.passes.check_kernels import CheckKernels
 from dsopt.compiler.passes.quantize_linears import Evidence, module_name
 from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
+from dsopt.compiler.probe import probed
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import find_linears
 from dsopt.compiler.weights import Weight
@@ -42,10 +44,13 @@ class Plan:
         return package.stored_bytes(self.model)
 
 
-def plan(checkpoint: Checkpoint, recipe: Recipe, evidence: Evidence | None = None) -> Plan:
+def plan(checkpoint: Checkpoint, recipe: Recipe, target: str = "cpu", evidence: Evidence | None = None) -> Plan:
     """Export and rewrite, computing no weight; `evidence` tells what the inputs of each linear layer look like.
 
-    Raises DsoptError on a model that is not supported."""
+    A recipe that says no float type gets the target's own. Raises DsoptError on a model that is not supported.
+    """
+    chosen = probed(target)
+    recipe = recipe.with_dtype(chosen.check_dtype(recipe.said_dtype))
     family = find_family(checkpoint.config.get("model_type"))
     config = family.Config.from_dict(checkpoint.config)
     # A model that cannot be spoken to is not worth compiling: a broken tokenizer is an error now.
@@ -55,13 +60,14 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, evidence: Evidence | None = Non
     if config.tie_word_embeddings:
         TieEmbeddings()(model)
     _bind_weights(model, checkpoint, tied=config.tie_word_embeddings)
-    passes = pipeline(recipe, evidence)
+    passes = pipeline(recipe, chosen, evidence)
     for step in passes[: len(CLEAN)]:
         step(model)
     nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
     for step in passes[len(CLEAN) :]:
         step(model)
-    manifest = _manifest(checkpoint, config, recipe, nodes)
+    CheckKernels(chosen)(model)
+    manifest = _manifest(checkpoint, config, recipe, chosen.name, nodes)
     return Plan(model, manifest, {**checkpoint.files, "genai_config.json": package.genai_config(manifest)})
 
 
@@ -125,13 +131,15 @@ def _entry(name: str, role: str, layer: int | None, size: tuple[int, int], form:
             "bytes": form.nbytes(*size)}  # fmt: skip
 
 
-def _manifest(checkpoint: Checkpoint, config: Any, recipe: Recipe, nodes: list[dict[str, Any]]) -> Manifest:
+def _manifest(
+    checkpoint: Checkpoint, config: Any, recipe: Recipe, target: str, nodes: list[dict[str, Any]]
+) -> Manifest:
     source = checkpoint.source
     bos, eos = _token_ids(checkpoint, config.vocab_size)
     return Manifest(
         name=source.name,
         recipe=recipe.text,
-        target="cpu",
+        target=target,
         family=str(checkpoint.config["model_type"]),
         source={"kind": source.kind, "name": source.name, "sha256": source.sha256},
         model={

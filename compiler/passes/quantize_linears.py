@@ -1,7 +1,9 @@
-"""FusedMatMul -> MatMulNBits or DynamicQuantizeMatMul, each linear in the format that the recipe gives its role."""
+"""FusedMatMul -> the operator of the format that the recipe gives each linear layer's role."""
 
 from collections.abc import Callable
+from functools import partial
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import torch
@@ -10,22 +12,21 @@ from dsopt.compiler.calibrate import InputStatistics
 from dsopt.compiler.gguf import GgufTensor
 from dsopt.compiler.gguf_blocks import counterpart, repack
 from dsopt.compiler.gptq import inverse_factor, round_weights
+from dsopt.compiler.kernels import linear_node, weight_parts, with_block_means
 from dsopt.compiler.quantizers import (
     Blocks,
     for_row_chunks,
     pack_nibbles,
     quantize_blocks,
     quantize_columns,
+    quantize_fp8,
     quantize_minima,
 )
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import Linear, find_linears
 from dsopt.compiler.weights import Shared, Weight, initializer, lazy
 
-MICROSOFT = "com.microsoft"
 _GPTQ_ROWS = 768  # rounded together: enough rows to hide the loop over channels, few enough for the cache
-ACCURACY_LEVEL = 4  # activations to int8 per block: the only level with fast CPU kernels
-
 
 Evidence = Callable[[str], InputStatistics]
 """What is known of a module's input, by module name."""
@@ -46,55 +47,31 @@ class QuantizeLinears(ir.passes.InPlacePass):
             if form.kernel == "none":
                 continue
             weight = linear.weight
-            build = {"nbits": self._nbits, "w8a8": self._w8a8}[form.kernel]
-            _replace(graph, linear.node, build(graph, linear, form))
+            weights = self._weights(graph, linear, form)
+            source = linear.node.inputs[0]
+            assert source is not None
+            if form.minima:
+                source = with_block_means(graph, linear.node, source, form.block)
+            _replace(graph, linear.node, linear_node(form, source, weights, *linear.size))
             if not weight.uses():
                 graph.initializers.pop(str(weight.name))
             modified = True
         return ir.passes.PassResult(model, modified)
 
-    def _nbits(self, graph: ir.Graph, linear: Linear, form: Format) -> ir.Node:
+    def _weights(self, graph: ir.Graph, linear: Linear, form: Format) -> list[ir.Value]:
+        if form.kernel == "nbits":
+            name, evidence = module_name(linear), self.evidence
+            return block_initializers(graph, linear.weight, form, (lambda: evidence(name)) if evidence else None)
         n, k = linear.size
-        name, evidence = module_name(linear), self.evidence
-        weights = block_initializers(graph, linear.weight, form, (lambda: evidence(name)) if evidence else None)
-        source = linear.node.inputs[0]
-        assert source is not None
-        if form.minima:
-            source, k = _with_block_means(graph, linear.node, source, form.block), k + k // form.block
-        attributes = {
-            "K": k,
-            "N": n,
-            "bits": form.bits,
-            "block_size": form.block,
-            "accuracy_level": ACCURACY_LEVEL,
-        }
-        return ir.node("MatMulNBits", [source, *weights], attributes, domain=MICROSOFT)
-
-    def _w8a8(self, graph: ir.Graph, linear: Linear, form: Format) -> ir.Node:
-        n, k = linear.size
-        source, name = _weight(linear.weight), linear.weight.name
-        shared = Shared(lambda: _column_codes(source, n, k))
-        codes = initializer(graph, lazy(f"{name}.codes", (k, n), ir.DataType.INT8, lambda: shared.take("codes")))
-        scales = initializer(graph, lazy(f"{name}.scales", (n,), ir.DataType.FLOAT, lambda: shared.take("scales")))
-        return ir.node("DynamicQuantizeMatMul", [linear.node.inputs[0], codes, scales], domain=MICROSOFT)
+        source = _weight(linear.weight)
+        make = _fp8_codes if form.kernel == "fp8" else _column_codes
+        shared = Shared(lambda: make(source, n, k))
+        return _lazy_parts(graph, str(linear.weight.name), form, (n, k), shared)
 
 
 def module_name(linear: Linear) -> str:
     """The name by which a recipe knows a linear layer: the checkpoint's, and `lm_head` for a tied head too."""
     return HEAD if linear.role == "head" else linear.name
-
-
-def _with_block_means(graph: ir.Graph, before: ir.Node, x: ir.Value, block: int) -> ir.Value:
-    """x [b, s, K] with the means of its blocks behind it, [b, s, K + K / block]; one for all that read x."""
-    name = f"{x.name}.means-{block}"
-    found = [use.node for use in x.uses() if use.node.op_type == "Concat" and use.node.outputs[0].name == name]
-    if found:
-        return found[0].outputs[0]
-    pool = ir.node("AveragePool", [x], {"kernel_shape": [block], "strides": [block]}, name=f"{name}/AveragePool")
-    joined = ir.node("Concat", [x, pool.outputs[0]], {"axis": -1}, name=f"{name}/Concat")
-    joined.outputs[0].name = name
-    graph.insert_before(before, [pool, joined])
-    return joined.outputs[0]
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
@@ -119,17 +96,14 @@ def block_initializers(
         found = [graph.initializers.get(f"{name}.{part}") for part in ("codes", "scales", "zeros")]
         return [part for part in found if part is not None]
     n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
-    blocks = form.blocks(k)
     shared = Shared(lambda: _block_codes(weight, n, k, form, evidence), keep=["zeros"])
-    parts: list[tuple[str, tuple[int, ...], ir.DataType]] = [
-        ("codes", (n, blocks, form.block * form.bits // 8), ir.DataType.UINT8),
-        ("scales", (n, blocks), ir.DataType.FLOAT),
-    ]
-    if form.zero_points:
-        parts.append(("zeros", (n, -(-blocks * form.bits // 8)), ir.DataType.UINT8))
+    return _lazy_parts(graph, name, form, (n, k), shared)
+
+
+def _lazy_parts(graph: ir.Graph, name: str, form: Format, size: tuple[int, int], shared: Shared) -> list[ir.Value]:
     return [
-        initializer(graph, lazy(f"{name}.{part}", shape, dtype, lambda part=part: shared.take(part)))  # type: ignore[misc]
-        for part, shape, dtype in parts
+        initializer(graph, lazy(f"{name}.{part.name}", part.shape, part.dtype, partial(shared.take, part.name)))
+        for part in weight_parts(form, *size)
     ]
 
 
@@ -195,3 +169,14 @@ def _column_codes(weight: Weight, n: int, k: int) -> dict[str, np.ndarray]:
 
     for_row_chunks(n, k, work)
     return {"codes": codes, "scales": scales}
+
+
+def _fp8_codes(weight: Weight, n: int, k: int) -> dict[str, np.ndarray]:
+    codes, scales = np.empty((n, k), np.uint8), np.empty((n, -(-k // 128)), np.float32)
+
+    def work(start: int, stop: int) -> None:
+        rows, scale = quantize_fp8(torch.from_numpy(weight.read(start, stop)))
+        codes[start:stop], scales[start:stop] = rows.view(torch.uint8).numpy(), scale.numpy()
+
+    for_row_chunks(n, k, work)
+    return {"codes": codes.view(ml_dtypes.float8_e4m3fn), "scales": scales}
