@@ -1,12 +1,15 @@
 """dsopt compile: a checkpoint to an optimized ONNX directory, whose path is printed."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsopt.cli.models import BUILT_IN, check_overwrite, default_directory, remember_last
 from dsopt.cli.progress import note, progress_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 def compile_command(
@@ -18,6 +21,9 @@ def compile_command(
         str,
         typer.Option(help="auto, none, int4, int8, w8a8; int4-zp, int8-b64, ...; then ROLE=FORMAT by commas."),
     ] = "auto",
+    prune: Annotated[
+        str, typer.Option(help="none, or by commas: ffn=10%, layers=2, blocks=3, kv=1, vocab=FILE or FILE:TOKENS.")
+    ] = "none",
     force: Annotated[bool, typer.Option("--force", help="Replace a compiled model that is in the way.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be done and its size, as JSON.")] = False,
 ) -> None:
@@ -26,27 +32,30 @@ def compile_command(
     A model compiled before with the same recipe from the same files is not compiled again.
     """
     if plan:
-        _print_plan(model, quant)
+        _print_plan(model, quant, prune)
         return
-    print(compile_model(model, out, quant, force=force))
+    print(compile_model(model, out, quant, prune, force=force))
 
 
-def compile_model(model: str, out: Path | None = None, quant: str = "auto", *, force: bool = False) -> Path:
+def compile_model(
+    model: str, out: Path | None = None, quant: str = "auto", prune: str = "none", *, force: bool = False
+) -> Path:
     """Compile unless the same result is there already; returns its directory and remembers it as the last one."""
     from dsopt.compiler.checkpoint import open_checkpoint
+    from dsopt.compiler.pruning.options import Pruning, full_text
     from dsopt.compiler.recipe import Recipe
 
-    recipe = Recipe.parse(quant)
+    recipe, pruning = Recipe.parse(quant), Pruning.parse(prune)
+    text = full_text(recipe.text, pruning)
     checkpoint = open_checkpoint(model, progress=note)
-    directory = (
-        out.absolute() if out else default_directory(checkpoint.source.name, recipe.text, checkpoint.source.sha256)
-    )
-    if not _is_current(directory, checkpoint.source.sha256, recipe.text) or force:
+    directory = out.absolute() if out else default_directory(checkpoint.source.name, text, checkpoint.source.sha256)
+    if not _is_current(directory, checkpoint.source.sha256, text) or force:
         check_overwrite(directory, force=force)
         from dsopt.compiler import build  # torch: two seconds that a wrong call need not wait for
 
         note(f"exporting {checkpoint.source.name}")
-        plan = build.plan(checkpoint, recipe)
+        plan = build.plan(checkpoint, recipe, pruning, report=note)
+        _note_rates(plan.manifest.pruning)
         with progress_bar("writing weights") as progress:
             build.write(plan, directory, progress=progress)
     remember_last(directory)
@@ -68,20 +77,31 @@ def _is_current(directory: Path, source: str, recipe: str) -> bool:
     return made == (version("dsopt"), source, recipe)
 
 
-def _print_plan(model: str, quant: str) -> None:
+def _note_rates(pruning: "Mapping[str, Any] | None") -> None:
+    """What each kind of pruning costs for what it frees."""
+    from dsopt.compiler.pruning.account import exchange_lines
+
+    for line in exchange_lines(pruning) if pruning else ():
+        note(line)
+
+
+def _print_plan(model: str, quant: str, prune: str) -> None:
     import json
 
     from dsopt.compiler import build
     from dsopt.compiler.checkpoint import open_checkpoint
+    from dsopt.compiler.pruning.options import Pruning
     from dsopt.compiler.recipe import Recipe
 
-    made = build.plan(open_checkpoint(model, progress=note), Recipe.parse(quant))
+    recipe, pruning = Recipe.parse(quant), Pruning.parse(prune)
+    made = build.plan(open_checkpoint(model, progress=note), recipe, pruning, report=note)
     manifest = made.manifest
     report = {
         "name": manifest.name,
         "recipe": manifest.recipe,
         "target": manifest.target,
         "model": dict(manifest.model),
+        "pruning": manifest.pruning,
         "bytes": made.nbytes,
         "linears": [dict(node) for node in manifest.nodes],
     }

@@ -4,14 +4,19 @@ Each window starts with a token drawn at random and goes on by sampling, so that
 knows in the proportions in which it says it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.reference import Reference
 
+Calibrate = Callable[[Checkpoint], Sequence[NDArray[np.int64]]]
+"""A checkpoint -> windows of token ids, all of one length."""
+
+_WINDOWS, _SIZE = 32, 256
 _BATCH = 64  # sequences written at a time: the weights are read once for all of them
 
 
@@ -47,3 +52,9 @@ def _write(
             written.append(ids)
             tick(batch * position)
     return torch.cat(written, 1).numpy()
+
+
+def default_windows(checkpoint: Checkpoint) -> list[NDArray[np.int64]]:
+    """What a checkpoint writes itself; the whole model stands in memory, in float32."""
+    size = min(_SIZE, int(checkpoint.config["max_position_embeddings"]))
+    return write_windows(Reference(checkpoint), _WINDOWS, size)

@@ -1,7 +1,8 @@
 """Channels of feed-forwards and key-value groups of attentions leave the weights around them.
 
-gate and up lose rows, down columns; q, k and v lose rows, o columns, and GroupQueryAttention counts fewer heads. Layers may
-differ in width, which no config.json can say and a graph can. Where last weights (o, down) were refitted, those are taken.
+gate and up lose rows, down columns; q, k and v lose rows, o columns, and GroupQueryAttention counts fewer heads. Layers
+may differ in width, which no config.json can say and a graph can. Where last weights (o, down) were refitted, those are
+taken.
 """
 
 from collections.abc import Mapping
@@ -38,8 +39,9 @@ class PruneFeatures(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, modified=bool(self.channels or self.groups or self.weights))
 
     def _slice_channels(self, linear: Linear) -> None:
-        if linear.layer in self.channels and linear.role in ("gate", "up", "down"):
-            _slice(linear.weight, self.channels[linear.layer], columns=linear.role == "down")
+        kept = self.channels.get(linear.layer) if linear.layer is not None else None
+        if kept is not None and linear.role in ("gate", "up", "down"):
+            _slice(linear.weight, kept, columns=linear.role == "down")
 
     def _slice_groups(self, out: Linear) -> None:
         assert out.layer is not None
@@ -50,7 +52,7 @@ class PruneFeatures(ir.passes.InPlacePass):
         queries = _spread(kept, heads // groups * width)
         _slice(out.weight, queries, columns=True)
         for value, features in zip(attention.inputs[:3], (queries, *[_spread(kept, width)] * 2), strict=True):
-            projection = value.producer().inputs[1]  # type: ignore[union-attr]
+            projection = value.producer().inputs[1]
             assert projection is not None
             _slice(projection, features, columns=False)
         for name, count in (("num_heads", heads // groups * len(kept)), ("kv_num_heads", len(kept))):

@@ -16,7 +16,7 @@ from dsopt.compiler.checkpoint import Tensor as Weight
 from dsopt.compiler.pruning.depth import choose_removals
 from dsopt.compiler.pruning.obs import eliminate
 from dsopt.compiler.pruning.options import Pruning
-from dsopt.compiler.pruning.refit import HELD_OUT, Fit, Loss, refit_sublayers
+from dsopt.compiler.pruning.refit import HELD_OUT, Fit, Loss, Streams, refit_sublayers
 from dsopt.compiler.pruning.sensitivity import measure_sensitivity, token_sizes
 from dsopt.compiler.pruning.stream import Stream, Sublayer, batches, divergence
 from dsopt.compiler.pruning.tensors import spill
@@ -34,14 +34,16 @@ class Cuts:
     """removed: sublayers that go. channels: of a layer's feed-forward, those kept. groups: its key-value groups kept.
 
     weights: last weights (o_proj, down_proj) of sublayers, already without the columns that go, by name.
-    record: for the manifest, what was removed and what it is thought to cost.
+    steps: by kind of pruning, what was removed and what it is thought to cost before any repair (`kld`, nats).
+    kld: KL(dense || pruned and repaired) in nats on windows that the repair did not see; None where nothing was cut.
     """
 
     removed: frozenset[Sublayer] = frozenset()
     channels: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
     groups: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
     weights: Mapping[str, Weight] = field(default_factory=dict)
-    record: Mapping[str, Any] = field(default_factory=dict)
+    steps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    kld: float | None = None
 
 
 def decide(
@@ -76,7 +78,7 @@ class _Decision:
         self.stream, self.pruning, self.x, self.report = stream, pruning, x, report
         self.removed: frozenset[Sublayer] = frozenset()
         self.losses: dict[Sublayer, Loss] = {}
-        self.record: dict[str, Any] = {}
+        self.steps: dict[str, dict[str, Any]] = {}
 
     def make(self) -> Cuts:
         self.report("measuring how much each block matters")
@@ -105,9 +107,9 @@ class _Decision:
                 whole=name == "layers", removed=self.removed, weigh=self.stream.parameters,
             )  # fmt: skip
             self.removed = self.removed.union(*(group for group, _ in chosen))
-            before = self.record.get("layers", {}).get("kld_estimate", 0.0)
-            gone = [str(min(group).layer if name == "layers" else min(group)) for group, _ in chosen]
-            self.record[name] = {"removed": gone, "kld_estimate": chosen[-1][1] - before}
+            before = self.steps.get("layers", {}).get("kld", 0.0)
+            gone = [min(group).layer if name == "layers" else str(min(group)) for group, _ in chosen]
+            self.steps[name] = {"removed": gone, "kld": chosen[-1][1] - before}
 
     def _remove_channels(self) -> None:
         """Curves of error over width from the dense stream, then widths; which channels go is chosen at the repair."""
@@ -127,7 +129,7 @@ class _Decision:
             if channels := sum(len(removal.channels) for removal in curves[layer][:count]):
                 self.losses[Sublayer(layer, True)] = Loss(channels)
         cost = sum(removal.cost for layer, count in taken.items() for removal in curves[layer][:count])
-        self.record["ffn"] = {"kld_estimate": cost}
+        self.steps["ffn"] = {"kld": cost}
 
     def _remove_groups(self) -> None:
         config, count = self.stream.config, self.pruning.kv
@@ -139,23 +141,22 @@ class _Decision:
     def _repair(self) -> Cuts:
         fits: dict[Sublayer, Fit] = {}
         weights = {}
-        for sublayer, found in refit_sublayers(self.stream, self.x, self.removed, self.losses, self.felt):
-            if isinstance(found, Fit):
-                weights[sublayer.weight] = spill(sublayer.weight, found.weight.numpy())
-                fits[sublayer] = dataclasses.replace(found, weight=torch.empty(0))
-            else:
-                dense, pruned = found
+        streams = Streams(self.x, self.x)
+        for sublayer, fit in refit_sublayers(self.stream, streams, self.removed, self.losses, self.felt):
+            weights[sublayer.weight] = spill(sublayer.weight, fit.weight.numpy())
+            fits[sublayer] = dataclasses.replace(fit, weight=torch.empty(0))
         if self.pruning.kv:
             cost = sum(fit.cost for sublayer, fit in fits.items() if not sublayer.mlp)
-            self.record["kv"] = {"removed": self.pruning.kv, "kld_estimate": cost}
+            self.steps["kv"] = {"removed": self.pruning.kv, "kld": cost}
         held = slice(HELD_OUT - 1, None, HELD_OUT) if len(self.x) >= HELD_OUT else slice(None)
-        total = divergence(self.stream.head(), dense[held], pruned[held])
+        total = divergence(self.stream.head(), streams.dense[held], streams.pruned[held])
         return Cuts(
             removed=self.removed,
             channels={s.layer: fit.kept.numpy() for s, fit in fits.items() if s.mlp and fit.kept is not None},
             groups={s.layer: self._groups(fit.kept) for s, fit in fits.items() if not s.mlp and fit.kept is not None},
             weights=weights,
-            record={**self.record, "kld_repaired": total},
+            steps=self.steps,
+            kld=total,
         )
 
     def _groups(self, kept: Tensor) -> NDArray[np.int64]:

@@ -1,9 +1,9 @@
 """Which layers or single blocks to remove: those without which the model's predictions change least.
 
 A candidate is judged by what it does: the model is run with its sublayers gated off and compared with the whole model
-by KL divergence. All candidates of a round share one pass through the weights, each with hidden states of its own from where it
-leaves the others. Rounds are greedy, since neighbours are often each dispensable but not both; after the first, only
-the best of the round before are tried again.
+by KL divergence. All candidates of a round share one pass through the weights, each with hidden states of its own from
+where it leaves the others. Rounds are greedy, since neighbours are often each dispensable but not both; after the
+first, only the best of the round before are tried again.
 """
 
 from collections.abc import Callable, Mapping, Sequence

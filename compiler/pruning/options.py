@@ -9,12 +9,13 @@ vocab=FILE  every token that FILE, a UTF-8 text, does not need (beside the most 
 
 import hashlib
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from dsopt.runtime.errors import DsoptError, UsageError
 
 _EXAMPLE = "none, or some of ffn=10%, layers=2, blocks=3, kv=1, vocab=FILE"
+_KINDS = ("ffn", "layers", "blocks", "kv", "vocab")
 _MOST = 0.9  # of the feed-forward channels: with fewer than a tenth left there is nothing to repair with
 
 
@@ -27,6 +28,7 @@ class Pruning:
     blocks: int = 0
     kv: int = 0
     vocab: Path | None = None
+    tokens: int | None = None  # of vocab=FILE:N
 
     def __post_init__(self) -> None:
         if not 0 <= self.ffn <= _MOST:
@@ -43,11 +45,13 @@ class Pruning:
         found: dict[str, float | int | Path] = {}
         for part in text.split(","):
             name, _, value = (side.strip() for side in part.partition("="))
-            if name not in {f.name for f in fields(cls)} or not value:
+            if name not in _KINDS or not value:
                 raise UsageError(f"--prune: {part.strip()!r} is not understood; works: {_EXAMPLE}")
             if name in found:
                 raise UsageError(f"--prune: {name} is said twice")
             found[name] = _parse_value(name, value)
+        if (named := re.fullmatch(r"(.+):(\d+)", str(found.get("vocab", "")))) is not None:
+            found |= {"vocab": Path(named[1]), "tokens": int(named[2])}
         return cls(**found)  # type: ignore[arg-type]
 
     def __bool__(self) -> bool:
@@ -69,7 +73,7 @@ class Pruning:
         parts += [f"{name}={getattr(self, name)}" for name in ("layers", "blocks", "kv") if getattr(self, name)]
         if self.vocab:
             digest = hashlib.sha256(self.read_corpus().encode()).hexdigest()[:8]
-            parts.append(f"vocab={self.vocab.name}@{digest}")
+            parts.append(f"vocab={self.vocab.name}{f':{self.tokens}' * bool(self.tokens)}@{digest}")
         return ",".join(parts) or "none"
 
     def read_corpus(self) -> str:
@@ -84,6 +88,14 @@ class Pruning:
         if not text.strip():
             raise DsoptError(f"{self.vocab} is empty; vocab= names a text of the kind that the model is to be used on")
         return text
+
+
+NOTHING = Pruning()
+
+
+def full_text(recipe: str, pruning: Pruning) -> str:
+    """A recipe and what is pruned beside it: what two artifacts of one checkpoint may differ in."""
+    return f"{recipe} prune {pruning.text}" if pruning else recipe
 
 
 def _parse_value(name: str, value: str) -> float | int | Path:

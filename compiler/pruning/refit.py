@@ -1,12 +1,13 @@
 """Repair without training: last weights refitted in order, each on what the pruned model before it really gives.
 
-Two streams run side by side, dense and pruned. The last linear layer of each sublayer that stays is fitted by least squares to the
-dense stream's hidden states before the next one that stays, so that it takes over what removed channels and removed sublayers
-behind it added (as ReplaceMe, 2505.02819, merges a linear map into down_proj; here the whole matrix is free) and corrects
-what went wrong before. Tokens count by their error in units of their size, which is what norms let through.
+Two streams run side by side, dense and pruned. The last linear layer of each sublayer that stays is fitted by least
+squares to the dense stream's hidden states before the next one that stays, so that it takes over what removed channels
+and removed sublayers behind it added (as ReplaceMe, arXiv:2505.02819, merges a linear map into down_proj; here the
+whole matrix is free) and corrects what went wrong before. Tokens count by their error in units of their size, which is
+what norms let through.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class Statistics:
         self.tokens = 0
 
     def add(self, features: Tensor, residual: Tensor, sizes: Tensor, held_out: bool) -> None:
-        """features [b, s, F] and the residual [b, s, D] that they should explain, hidden states of `sizes` [b, s, 1]."""
+        """features [b, s, F], the residual [b, s, D] that they should explain, `sizes` [b, s, 1] of hidden states."""
         h, r = ((x / sizes).flatten(0, 1) for x in (features, residual))
         self.gram[int(held_out)] += h.T @ h
         self.cross[int(held_out)] += r.T @ h
@@ -57,57 +58,59 @@ class Statistics:
         return self.gram.sum(0) / self.tokens
 
 
+@dataclass
+class Streams:
+    """The hidden states [n, s, hidden] of the dense and the pruned model, as far as they have come."""
+
+    dense: Tensor
+    pruned: Tensor
+
+
 def refit_sublayers(
     stream: Stream,
-    x: Tensor,
+    states: Streams,
     removed: frozenset[Sublayer],
     losses: Mapping[Sublayer, Loss],
     felt: Mapping[Sublayer, Sensitivity],
-    tick: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Sublayer, Fit] | tuple[None, tuple[Tensor, Tensor]]]:
-    """Yield the fit of each sublayer that changes, then the last hidden states of both streams under None."""
-    dense = pruned = x
+) -> Iterator[tuple[Sublayer, Fit]]:
+    """Yield the fit of each sublayer that changes, and carry `states` from the embedding to the end."""
     order = stream.sublayers
     stays = [sublayer for sublayer in order if sublayer not in removed]
     for sublayer in order[: order.index(stays[0])]:
-        dense = stream.advance(sublayer, dense)
+        states.dense = stream.advance(sublayer, states.dense)
     for sublayer, following in zip(stays, [*stays[1:], None], strict=True):
+        start = order.index(sublayer)
         end = order.index(following) if following else len(order)
-        sizes = token_sizes(dense)
-        target = dense
-        for step in order[order.index(sublayer) : end]:
+        target = states.dense
+        for step in order[start:end]:
             target = stream.advance(step, target)
-        same = pruned is dense
-        if same and sublayer not in losses and end == order.index(sublayer) + 1:
-            dense = pruned = target
+        if states.pruned is states.dense and sublayer not in losses and end == start + 1:
+            states.pruned = target
         else:
-            fit, pruned = _fit(stream, sublayer, pruned, target, sizes, losses.get(sublayer), felt[sublayer].metric)
-            dense = target
+            fit, states.pruned = _fit(stream, sublayer, states, target, losses.get(sublayer), felt[sublayer].metric)
             yield sublayer, fit
-        tick()
-    yield None, (dense, pruned)
+        states.dense = target
 
 
 def _fit(
     stream: Stream,
     sublayer: Sublayer,
-    pruned: Tensor,
+    states: Streams,
     target: Tensor,
-    sizes: Tensor,
     loss: Loss | None,
     metric: Tensor,
 ) -> tuple[Fit, Tensor]:
-    weight = stream.weight(sublayer)
+    weight, sizes = stream.weight(sublayer), token_sizes(states.dense)
     statistics = Statistics(weight.shape[1], weight.shape[0])
     features: list[Tensor] = []
-    for number, (x, wanted, size) in enumerate(zip(*map(_windows, (pruned, target, sizes)), strict=True)):
+    for number, (x, wanted, size) in enumerate(zip(*map(_windows, (states.pruned, target, sizes)), strict=True)):
         h, out = stream.run(sublayer, x)
         statistics.add(h, wanted - x - out, size, number % HELD_OUT == HELD_OUT - 1)
         features.append(h)
     gone, cost = _choose(statistics.mean_gram(), weight, metric, loss)
     fitted, kept = solve(statistics, weight, metric, gone)
     new = [h[..., kept] @ fitted.T for h in features]
-    return Fit(kept if len(gone) else None, fitted, cost), pruned + torch.cat(new)
+    return Fit(kept if len(gone) else None, fitted, cost), states.pruned + torch.cat(new)
 
 
 def _windows(x: Tensor) -> Iterator[Tensor]:
@@ -151,7 +154,7 @@ def solve(statistics: Statistics, weight: Tensor, metric: Tensor, gone: Tensor) 
     grams = [part[kept][:, kept] for part in statistics.gram]
     pull = min((None, *_PULLS), key=lambda pull: _held_out_error(grams, crosses, metric, pull))
     if pull is not None:
-        base = base + refit(sum(grams), sum(crosses), pull)  # type: ignore[arg-type]
+        base = base + refit(sum(grams), sum(crosses), pull)
     return base.float(), kept
 
 

@@ -1,8 +1,8 @@
 """What an error in a sublayer's output costs: the Fisher information of the hidden states behind it.
 
-For a small error e of the hidden states, KL(dense || changed) ~ E[(g.e)^2] / 2, where g is the gradient of the log-likelihood of
-a token drawn from the model itself (the natural gradient's metric; HAWQ and ZipLM weigh layers so). Gradients are carried back
-a block at a time over stored hidden states: memory is one block and the states between layers.
+For a small error e of the hidden states, KL(dense || changed) ~ E[(g.e)^2] / 2, where g is the gradient of the
+log-likelihood of a token drawn from the model itself. Gradients are carried back a block at a time over stored hidden
+states: memory is one block and the states between layers.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ _SHRINK = 0.05  # part of the metric taken from its mean: it comes from few toke
 class Sensitivity:
     """Of one sublayer.
 
-    metric: float64 [hidden, hidden], E[r^2 g g'] over tokens, r the root mean square of the hidden state: what an error counts that is
-        told in units of the token's size. Norms make gradients small where states are large, and some are huge.
+    metric: float64 [hidden, hidden], E[r^2 g g'] over tokens, r the root mean square of the hidden state: what an error
+        counts that is told in units of the token's size. Norms make gradients small where states are large.
     removal: E[(g.o)^2] / 2 in nats for the sublayer's whole output o; rough, the error is not small.
     """
 

@@ -1,12 +1,12 @@
 """A family's torch model run a block at a time: memory is one block and the hidden states, whatever the depth.
 
-The residual stream is seen as a row of sublayers, attention and feed-forward of layer 0, of layer 1, ..., each of which adds
-`features @ weight.T`: the features are what its last linear layer (o_proj, down_proj) reads.
+The residual stream is seen as a row of sublayers, attention and feed-forward of layer 0, of layer 1, ..., each of
+which adds `features @ weight.T`: the features are what its last linear layer (o_proj, down_proj) reads.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,13 +51,13 @@ class Stream:
         parts = ("input_layernorm", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
         if missing := [part for part in parts if part not in dict(block.named_modules())]:
             raise DsoptError(f"{self.config.__class__.__module__}: a family without {missing[0]} cannot be pruned yet")
-        self._loaded: tuple[int, nn.Module] | None = None
+        self._loaded: tuple[int, Any] | None = None
 
     @property
     def sublayers(self) -> list[Sublayer]:
         return [Sublayer(layer, mlp) for layer in range(self.config.num_hidden_layers) for mlp in (False, True)]
 
-    def block(self, layer: int) -> nn.Module:
+    def block(self, layer: int) -> Any:
         """One block with its weights."""
         if self._loaded is None or self._loaded[0] != layer:
             self._loaded = None  # let go of the old one before the new one is read
