@@ -169,7 +169,8 @@ def _gram(stream: Stream, sublayer: Sublayer, x: Tensor) -> Tensor:
     """Mean of h h' over tokens in units of their size, float64 [F, F]."""
     total: Tensor | float = 0.0
     for part in batches(x):
-        h = (stream.run(sublayer, part)[0] / token_sizes(part)).flatten(0, 1)
+        features, added = stream.run(sublayer, part)
+        h = (features / token_sizes(part + added)).flatten(0, 1)
         total = total + (h.T @ h).double()
     assert isinstance(total, Tensor)
     return total / (x.shape[0] * x.shape[1])

@@ -18,7 +18,7 @@ from dsopt.compiler.pruning.sensitivity import Sensitivity, token_sizes
 from dsopt.compiler.pruning.stream import Stream, Sublayer
 from dsopt.compiler.pruning.widths import group_sizes
 
-_PULLS = (1e-3, 1e-2, 1e-1, 1.0)  # how strongly a refit is held back; what predicts held-out text best is taken
+_PULLS = (1e-2, 1e-1, 1.0, 10.0)  # how strongly a refit is held back; what predicts held-out text best is taken
 HELD_OUT = 8  # every eighth window judges and is not fitted to
 
 
@@ -100,7 +100,7 @@ def _fit(
     loss: Loss | None,
     metric: Tensor,
 ) -> tuple[Fit, Tensor]:
-    weight, sizes = stream.weight(sublayer), token_sizes(states.dense)
+    weight, sizes = stream.weight(sublayer), token_sizes(target)
     statistics = Statistics(weight.shape[1], weight.shape[0])
     features: list[Tensor] = []
     for number, (x, wanted, size) in enumerate(zip(*map(_windows, (states.pruned, target, sizes)), strict=True)):

@@ -19,8 +19,8 @@ _SHRINK = 0.05  # part of the metric taken from its mean: it comes from few toke
 class Sensitivity:
     """Of one sublayer.
 
-    metric: float64 [hidden, hidden], E[r^2 g g'] over tokens, r the root mean square of the hidden state: what an error
-        counts that is told in units of the token's size. Norms make gradients small where states are large.
+    metric: float64 [hidden, hidden], E[r^2 g g'] over tokens, r the root mean square of the hidden state behind: what
+        an error counts that is told in units of the token's size. Norms make gradients small where states are large.
     removal: E[(g.o)^2] / 2 in nats for the sublayer's whole output o; rough, the error is not small.
     """
 
@@ -62,7 +62,7 @@ def _carry_back(stream: Stream, sublayer: Sublayer, x: Tensor, gradient: Tensor)
 
 
 def _measure(before: Tensor, after: Tensor, gradient: Tensor) -> Sensitivity:
-    scaled = (gradient * token_sizes(before)).flatten(0, 1)
+    scaled = (gradient * token_sizes(after)).flatten(0, 1)
     metric = (scaled.T @ scaled).double() / len(scaled)
     width = len(metric)
     mean = metric.trace() / width * torch.eye(width, dtype=metric.dtype)

@@ -9,7 +9,7 @@ is part of how its token is made.
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,15 +61,23 @@ def choose_vocabulary(tokenizer_json: bytes, text: str, size: int | None = None)
     texts = {id: token for token, id in vocabulary.items()}
     rates = unseen_rates(tokenizer, ids, texts)
     left = math.fsum(rate for id, rate in rates.items() if id not in kept)
-    for id in sorted(rates, key=lambda id: (-rates[id], id)):
+    for token in _by_rate(rates, texts, parts):
         enough = left <= DROPPED if size is None else len(kept) >= size
         if enough and len(kept) % MULTIPLE == 0:
             break
-        new = {vocabulary[token] for token in _closed([texts[id]], parts)} - kept
-        kept |= new
-        left -= math.fsum(rates.get(id, 0) for id in new)
+        if vocabulary[token] not in kept:
+            kept.add(vocabulary[token])
+            left -= rates.get(vocabulary[token], 0)
     record = {"tokens": len(kept), "of": len(added | set(texts)), "seen": len(seen), "dropped_share": max(left, 0.0)}
     return Vocabulary(np.array(sorted(kept), np.int64), record)
+
+
+def _by_rate(
+    rates: Mapping[int, float], texts: Mapping[int, str], parts: Mapping[str, tuple[str, str]]
+) -> Iterator[str]:
+    """Tokens, the likeliest first, each behind what it is merged from; some come more than once."""
+    for id in sorted(rates, key=lambda id: (-rates[id], id)):
+        yield from sorted(_closed([texts[id]], parts), key=len)
 
 
 def _check(spec: Mapping[str, Any]) -> None:

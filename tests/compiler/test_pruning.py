@@ -154,7 +154,7 @@ def test_sensitivity_predicts_the_divergence(tiny_llama_dir: Callable[..., Path]
     for step in stream.sublayers:
         states.append(stream.advance(step, states[-1]))
     at = stream.sublayers.index(sublayer)
-    size = states[at].square().mean(-1, keepdim=True).sqrt()
+    size = states[at + 1].square().mean(-1, keepdim=True).sqrt()
     noise = 0.02 * size * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
     changed = states[at + 1] + noise
     for step in stream.sublayers[at + 1 :]:
