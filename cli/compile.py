@@ -1,7 +1,7 @@
 """dsopt compile: a checkpoint to an optimized ONNX directory, whose path is printed."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,6 +9,8 @@ from dsopt.cli.models import BUILT_IN, check_overwrite, default_directory, remem
 from dsopt.cli.progress import note, progress_bar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dsopt.compiler.recipe import Recipe
 
 
@@ -27,6 +29,9 @@ def compile_command(
     dtype: Annotated[
         str | None, typer.Option(help="Of activations and cache: fp32 on cpu; fp16 (default) or bf16 on cuda.")
     ] = None,
+    prune: Annotated[
+        str, typer.Option(help="none, or by commas: ffn=10%, layers=2, blocks=3, kv=1, vocab=FILE or FILE:TOKENS.")
+    ] = "none",
     force: Annotated[bool, typer.Option("--force", help="Replace a compiled model that is in the way.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be done and its size, as JSON.")] = False,
 ) -> None:
@@ -35,9 +40,9 @@ def compile_command(
     A model compiled before with the same recipe from the same files is not compiled again.
     """
     if plan:
-        _print_plan(model, quant, target, dtype)
+        _print_plan(model, quant, target, dtype, prune)
         return
-    print(compile_model(model, out, quant, target, dtype, force=force))
+    print(compile_model(model, out, quant, target, dtype, prune, force=force))
 
 
 def compile_model(
@@ -46,23 +51,26 @@ def compile_model(
     quant: str = "auto",
     target: str = "auto",
     dtype: str | None = None,
+    prune: str = "none",
     *,
     force: bool = False,
 ) -> Path:
     """Compile unless the same result is there already; returns its directory and remembers it as the last one."""
     from dsopt.compiler.checkpoint import open_checkpoint
+    from dsopt.compiler.pruning.options import Pruning, full_text
 
     target, recipe = _target_and_recipe(quant, target, dtype)
+    pruning = Pruning.parse(prune)
+    text = full_text(recipe.text, pruning)
     checkpoint = open_checkpoint(model, progress=note)
-    directory = (
-        out.absolute() if out else default_directory(checkpoint.source.name, recipe.text, checkpoint.source.sha256)
-    )
-    if not _is_current(directory, checkpoint.source.sha256, recipe.text) or force:
+    directory = out.absolute() if out else default_directory(checkpoint.source.name, text, checkpoint.source.sha256)
+    if not _is_current(directory, checkpoint.source.sha256, text) or force:
         check_overwrite(directory, force=force)
         from dsopt.compiler import build  # torch: two seconds that a wrong call need not wait for
 
         note(f"exporting {checkpoint.source.name}")
-        plan = build.plan(checkpoint, recipe, target)
+        plan = build.plan(checkpoint, recipe, target=target, pruning=pruning, report=note)
+        _note_rates(plan.manifest.pruning)
         with progress_bar("writing weights") as progress:
             build.write(plan, directory, progress=progress)
     remember_last(directory)
@@ -96,20 +104,31 @@ def _is_current(directory: Path, source: str, recipe: str) -> bool:
     return made == (version("dsopt"), source, recipe)
 
 
-def _print_plan(model: str, quant: str, target: str, dtype: str | None) -> None:
+def _note_rates(pruning: "Mapping[str, Any] | None") -> None:
+    """What each kind of pruning costs for what it frees."""
+    from dsopt.compiler.pruning.account import exchange_lines
+
+    for line in exchange_lines(pruning) if pruning else ():
+        note(line)
+
+
+def _print_plan(model: str, quant: str, target: str, dtype: str | None, prune: str) -> None:
     import json
 
     from dsopt.compiler import build
     from dsopt.compiler.checkpoint import open_checkpoint
+    from dsopt.compiler.pruning.options import Pruning
 
     target, recipe = _target_and_recipe(quant, target, dtype)
-    made = build.plan(open_checkpoint(model, progress=note), recipe, target)
+    pruning = Pruning.parse(prune)
+    made = build.plan(open_checkpoint(model, progress=note), recipe, target=target, pruning=pruning, report=note)
     manifest = made.manifest
     report = {
         "name": manifest.name,
         "recipe": manifest.recipe,
         "target": manifest.target,
         "model": dict(manifest.model),
+        "pruning": manifest.pruning,
         "bytes": made.nbytes,
         "linears": [dict(node) for node in manifest.nodes],
     }
