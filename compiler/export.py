@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dsopt.compiler.passes.fold_shapes import FoldShapes
 from dsopt.compiler.weights import initializer
 
 OPSET = 23
@@ -67,6 +68,7 @@ def _trace(parts: _Parts, config: Any) -> ir.Graph:
         exported = torch.export.export(parts, inputs, dynamic_shapes=(*shapes[:3], tuple(shapes[3:])), strict=False)
         program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False)
     assert program is not None
+    FoldShapes()(program.model)
     return program.model.graph
 
 

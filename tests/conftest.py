@@ -58,7 +58,7 @@ def smollm2_gguf() -> Path:
 
 
 def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 weights of a Llama, with Hugging Face's names."""
+    """Random float32 weights of a Llama or a Qwen3, with Hugging Face's names."""
     rng = np.random.default_rng(seed)
     hidden, wide, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     query = config["num_attention_heads"] * config["head_dim"]
@@ -77,6 +77,8 @@ def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]
         "mlp.up_proj": (wide, hidden),
         "mlp.down_proj": (hidden, wide),
     }
+    if config["model_type"] == "qwen3":
+        layer |= {"self_attn.q_norm": (config["head_dim"],), "self_attn.k_norm": (config["head_dim"],)}
     for index in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     return {
@@ -105,7 +107,7 @@ def write_tiny_llama(
     tokenizer: Tokenizer | None = None,
     **config: Any,
 ) -> Path:
-    """A Hugging Face directory of a tiny random Llama; `config` overrides CONFIG."""
+    """A Hugging Face directory of a tiny random Llama; `config` overrides CONFIG (`model_type="qwen3"`)."""
     config = {**CONFIG, "tie_word_embeddings": tied, **config}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))

@@ -103,6 +103,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+class HeadNorm(nn.RMSNorm):
+    """RMS norm of each head of x [b, s, heads * d], with one weight [d] for all heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unflatten(-1, (-1, *self.normalized_shape))).flatten(-2)
+
+
 class GatedMlp(nn.Module):
     """down(silu(gate(x)) * up(x)), the SwiGLU feed-forward (arXiv:2002.05202)."""
 
