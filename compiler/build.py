@@ -12,6 +12,8 @@ import onnx_ir as ir
 
 from dsopt.compiler import package
 from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.drafters.build import DraftPlan, check_target, plan_drafter, write_drafter
+from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
 from dsopt.compiler.export import export
 from dsopt.compiler.models import find_family
 from dsopt.compiler.passes import CLEAN, pipeline
@@ -34,21 +36,28 @@ class Plan:
     model: ir.Model
     manifest: Manifest
     files: Mapping[str, bytes]
+    drafter: DraftPlan | None = None
 
     @property
     def nbytes(self) -> int:
         """Size of the weights on disk."""
-        return package.stored_bytes(self.model)
+        return package.stored_bytes(self.model) + (self.drafter.nbytes if self.drafter else 0)
 
 
-def plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
-    """Export and rewrite, computing no weight. Raises DsoptError on a model that is not supported."""
+def plan(checkpoint: Checkpoint, recipe: Recipe, draft: DraftCheckpoint | None = None) -> Plan:
+    """Export and rewrite, computing no weight. Raises DsoptError on a model that is not supported.
+
+    With a drafter the graph gives the outputs of the layers that it reads, and it is compiled beside the model.
+    """
     family = find_family(checkpoint.config.get("model_type"))
     config = family.Config.from_dict(checkpoint.config)
     # A model that cannot be spoken to is not worth compiling: a broken tokenizer is an error now.
     Tokenizer.from_bytes(checkpoint.files["tokenizer.json"], checkpoint.source.path / "tokenizer.json")
     _check_names(checkpoint, config)
-    model = export(family.Model, config)
+    if draft:
+        check_target(draft, config)
+    taps = draft.config.taps if draft else ()
+    model = export(family.Model, config, taps)
     if config.tie_word_embeddings:
         TieEmbeddings()(model)
     _bind_weights(model, checkpoint, tied=config.tie_word_embeddings)
@@ -59,7 +68,11 @@ def plan(checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     for step in passes[len(CLEAN) :]:
         step(model)
     manifest = _manifest(checkpoint, config, recipe, nodes)
-    return Plan(model, manifest, {**checkpoint.files, "genai_config.json": package.genai_config(manifest)})
+    files = {**checkpoint.files, "genai_config.json": package.genai_config(manifest)}
+    if draft is None:
+        return Plan(model, manifest, files)
+    drafter = plan_drafter(draft, checkpoint, config, model, recipe)
+    return Plan(model, dataclasses.replace(manifest, drafters=(drafter.directory,), taps=taps), files, drafter)
 
 
 def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) -> Manifest:
@@ -68,6 +81,8 @@ def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) ->
     with package.written_aside(out) as aside:
         package.write_graph(plan.model, aside, progress)
         package.write_texts(aside, plan.files)
+        if plan.drafter:
+            write_drafter(plan.drafter, aside, progress)
         manifest = dataclasses.replace(plan.manifest, files=package.describe_files(aside))
         package.seal(aside, manifest)
     package.remember_hashes(out, manifest)

@@ -127,11 +127,17 @@ class Binding:
         self._shape = (count, rows)
 
 
-def _load(artifact: Artifact) -> ort.InferenceSession:
+def session_options() -> ort.SessionOptions:
+    """What every session of the process is made with."""
     options = ort.SessionOptions()
     options.log_severity_level = 3  # `logits_start` being input and initializer is meant, not worth a warning
     options.use_per_session_threads = False
     options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return options
+
+
+def _load(artifact: Artifact) -> ort.InferenceSession:
+    options = session_options()
     try:
         return ort.InferenceSession(artifact.graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base of their own

@@ -179,10 +179,10 @@ def exported_once() -> Iterator[None]:
 
     export, made = build.export, {}
 
-    def reuse(family: Any, config: Any) -> Any:
-        key = repr((family, dataclasses.replace(config, tie_word_embeddings=False)))  # tying comes after the export
+    def reuse(family: Any, config: Any, taps: Any = ()) -> Any:
+        key = repr((family, dataclasses.replace(config, tie_word_embeddings=False), taps))  # tying comes afterwards
         if key not in made:
-            made[key] = export(family, config)
+            made[key] = export(family, config, taps)
         return made[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:

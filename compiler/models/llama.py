@@ -101,6 +101,8 @@ def _kind(config: Mapping[str, Any]) -> object:
 
 
 class Attention(nn.Module):
+    causal = True
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -120,7 +122,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         context, present_key, present_value = group_query_attention(
-            *self.project(x), *state, num_heads=self.heads, kv_num_heads=self.kv_heads
+            *self.project(x), *state, num_heads=self.heads, kv_num_heads=self.kv_heads, causal=self.causal
         )
         return self.o_proj(context), present_key, present_value
 

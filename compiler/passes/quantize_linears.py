@@ -1,6 +1,6 @@
 """FusedMatMul -> MatMulNBits or DynamicQuantizeMatMul, each linear in the format that the recipe gives its role."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -16,16 +16,24 @@ ACCURACY_LEVEL = 4  # activations to int8 per block: the only level with fast CP
 
 
 class QuantizeLinears(ir.passes.InPlacePass):
-    """`importance` maps a module's name to E[x^2] of its input, float32 [K]; modules without it weigh all alike."""
+    """`importance` maps a module's name to E[x^2] of its input, float32 [K]; modules without it weigh all alike.
 
-    def __init__(self, recipe: Recipe, importance: Mapping[str, np.ndarray] | None = None) -> None:
+    `find` gives the linear layers of a graph that is no decoder's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        importance: Mapping[str, np.ndarray] | None = None,
+        find: Callable[[ir.Graph], list[Linear]] = find_linears,
+    ) -> None:
         super().__init__()
-        self.recipe, self.importance = recipe, importance or {}
+        self.recipe, self.importance, self.find = recipe, importance or {}, find
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         modified = False
-        for linear in find_linears(graph):
+        for linear in self.find(graph):
             form = self.recipe.format(linear.role)
             if form.kernel == "none":
                 continue
