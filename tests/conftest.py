@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -220,3 +221,34 @@ def build_tiny(plan_tiny: Callable[..., Any], tmp_path: Path) -> Callable[..., A
         return open_artifact(out)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def compile_pair(tmp_path_factory: pytest.TempPathFactory, exported_once: None) -> Callable[..., Any]:
+    """`compile_pair("vanilla", "int8")`: a tiny target with the drafter of that name in `deepspec_tiny`.
+
+    Has `target`, `drafter` and `artifact`, folders that are only to be read.
+    """
+    from deepspec_tiny import DRAFTERS, write_drafter
+
+    from dsopt.compiler import build
+    from dsopt.compiler.checkpoint import open_checkpoint
+    from dsopt.compiler.drafters.checkpoint import open_drafter
+    from dsopt.compiler.recipe import Recipe
+
+    made: dict[Any, SimpleNamespace] = {}
+
+    def make(name: str, recipe: str = "none", **options: Any) -> SimpleNamespace:
+        key = (name, recipe, *options.items())
+        if key not in made:
+            folder = tmp_path_factory.mktemp(name)
+            target = write_tiny_llama(folder / "target", **DRAFTERS[name][0], **options)
+            drafter = write_drafter(folder / "drafter", target, DRAFTERS[name][1])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("DSOPT_CACHE", str(folder / "cache"))
+                plan = build.plan(open_checkpoint(str(target)), Recipe.parse(recipe), open_drafter(str(drafter)))
+                build.write(plan, folder / "artifact")
+            made[key] = SimpleNamespace(target=target, drafter=drafter, artifact=folder / "artifact")
+        return made[key]
+
+    return make

@@ -100,6 +100,8 @@ def _names(layers: int, prefix: str) -> list[str]:
 
 def _finish(config: DraftConfig, graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
     _name_nodes(graph)
+    for weight in graph.initializers.values():
+        weight.const_value = None  # fake ones
     for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
         for value, name in zip(values, names, strict=True):
             value.name = name
