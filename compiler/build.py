@@ -81,11 +81,12 @@ def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) ->
     with package.written_aside(out) as aside:
         package.write_graph(plan.model, aside, progress)
         package.write_texts(aside, plan.files)
-        if plan.drafter:
-            write_drafter(plan.drafter, aside, progress)
+        drafter = write_drafter(plan.drafter, aside, progress) if plan.drafter else None
         manifest = dataclasses.replace(plan.manifest, files=package.describe_files(aside))
         package.seal(aside, manifest)
-    package.remember_hashes(out, manifest)
+    package.remember_hashes(out, manifest.files)
+    if plan.drafter and drafter:
+        package.remember_hashes(out / plan.drafter.directory, drafter.files)
     return manifest
 
 

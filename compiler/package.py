@@ -147,9 +147,9 @@ def seal(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST).write_bytes(manifest.to_json())
 
 
-def remember_hashes(directory: Path, manifest: Manifest) -> None:
+def remember_hashes(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """The hashes just computed hold at the final path too: spare the first reader."""
-    for name, entry in manifest.files.items():
+    for name, entry in files.items():
         remember_sha256(directory / name, str(entry["sha256"]))
 
 

@@ -1,7 +1,7 @@
 """Tiny random drafters of DeepSpec's formats, and their forward pass as in training, built on transformers' parts.
 
-Training sees a whole text at once: all blocks side by side under one mask, next tokens given. That shares no code and no
-order of computation with the compiler's modules, which draft one block behind a cache.
+Training sees a whole text at once: all blocks side by side under one mask, next tokens given. That shares no code with
+the compiler's modules, which draft one block behind a cache, and no order of computation.
 """
 
 import json
@@ -37,10 +37,10 @@ DRAFTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gated": (TARGET | {"model_type": "llama"},
               DSPARK | {"markov_head_type": "gated", "confidence_head_with_markov": False}),
     "rnn": (TARGET, DSPARK | {"markov_head_type": "rnn", "confidence_head_with_markov": True,
-                              "target_layer_ids": [-1, 1, 2]}),
+                              }),
     "dflash": (TARGET | {"model_type": "llama"}, BLOCK | {"head_norms": False}),
     "eagle3": (TARGET, {"architectures": ["Qwen3Eagle3Model"], "num_hidden_layers": 1, "ttt_length": 4,
-                        "target_layer_ids": [0, 1, 2], "step_loss_decay": 0.8}),
+                        "target_layer_ids": [0, 2], "step_loss_decay": 0.8}),
 }  # fmt: skip
 
 

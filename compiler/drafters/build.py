@@ -163,7 +163,7 @@ def _manifest(draft: DraftCheckpoint, recipe: Recipe) -> DraftManifest:
     )
 
 
-def write_drafter(plan: DraftPlan, artifact: Path, progress: package.Progress | None = None) -> None:
+def write_drafter(plan: DraftPlan, artifact: Path, progress: package.Progress | None = None) -> DraftManifest:
     """Write the drafter into the directory `artifact`, where the model's graph and weights stand already."""
     directory = artifact / plan.directory
     directory.mkdir()
@@ -180,6 +180,7 @@ def write_drafter(plan: DraftPlan, artifact: Path, progress: package.Progress | 
         files=package.describe_files(directory),
     )
     (directory / DRAFT_MANIFEST).write_bytes(manifest.to_json())
+    return manifest
 
 
 def _stored(artifact: Path) -> dict[str, ir.ExternalTensor]:

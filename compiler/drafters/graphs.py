@@ -4,9 +4,11 @@ Weights are named `drafter.` and as in the checkpoint, and have no content yet; 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,16 +27,56 @@ def export_drafter(config: DraftConfig) -> dict[str, ir.Model]:
     Inputs and outputs are those of the modules in `dspark` and `eagle3`; a cache is named as the target's.
     """
     with FakeTensorMode():
-        parts = _eagle3(config) if config.kind == "eagle3" else _dspark(config)
-        graphs = {file: (trace(module, example, named), inputs, outputs)
-                  for file, (module, example, named, inputs, outputs) in parts.items()}  # fmt: skip
-    return {file: _finish(config, *graph) for file, graph in graphs.items()}
+        drafter, parts = _eagle3(config) if config.kind == "eagle3" else _dspark(config)
+        example = [entry for part in parts for entry in part.example]
+        graph = trace(_SideBySide(drafter, parts), example)
+    models, used_in, used_out = {}, 0, 0
+    for part in parts:
+        inputs, outputs = range(used_in, used_in + len(part.inputs)), range(used_out, used_out + len(part.outputs))
+        models[part.file] = _finish(config, _cut(graph.clone(), inputs, outputs), part)
+        used_in, used_out = inputs.stop, outputs.stop
+    return models
 
 
-_Part = tuple[nn.Module, Example, int, list[str], list[str]]
+@dataclass(frozen=True)
+class _Part:
+    """A graph to be: the module, its example, the names of what goes in and comes out."""
+
+    file: str
+    module: nn.Module
+    example: Example
+    inputs: list[str]
+    outputs: list[str]
 
 
-def _dspark(config: DraftConfig) -> dict[str, _Part]:
+class _SideBySide(nn.Module):
+    """One trace for all graphs: each costs a second of set-up."""
+
+    def __init__(self, drafter: nn.Module, parts: Sequence[_Part]) -> None:
+        super().__init__()
+        self.drafter = drafter
+        self._parts = tuple((part.module, len(part.inputs)) for part in parts)  # in a tuple: no modules of this one
+
+    def forward(self, *values: torch.Tensor) -> list[torch.Tensor]:
+        made, used = [], 0
+        for module, count in self._parts:
+            made += module(*values[used : used + count])
+            used += count
+        return made
+
+
+def _cut(graph: ir.Graph, inputs: range, outputs: range) -> ir.Graph:
+    """What is needed for some of the outputs."""
+    kept_in, kept_out = (
+        [values[i] for i in kept] for values, kept in ((graph.inputs, inputs), (graph.outputs, outputs))
+    )
+    graph.outputs[:] = kept_out
+    RemoveUnusedNodesPass()(ir.Model(graph, ir_version=10))
+    graph.inputs[:] = kept_in
+    return graph
+
+
+def _dspark(config: DraftConfig) -> tuple[nn.Module, list[_Part]]:
     drafter = dspark.Drafter(config)
     ids = (torch.empty(1, config.steps, dtype=torch.int64), ())
     noise = (torch.empty(config.steps, candidates(config), dtype=torch.float64), ())
@@ -42,32 +84,30 @@ def _dspark(config: DraftConfig) -> dict[str, _Part]:
     layers = config.decoder.num_hidden_layers
     rows = [f"{part}.{layer}" for layer in range(layers) for part in ("key", "value")]
     drawn = ["tokens", "candidates", "logits", *["confidence"] * config.confidence]
-    return {
-        "context.onnx": (
-            dspark.Context(drafter), [_hidden(config, len(config.taps)), start, *_tables(config)], 4,
-            ["hidden", "start", *_TABLES], rows,
-        ),
-        "block.onnx": (
-            dspark.Block(drafter), [ids, noise, *_state(), *_tables(config), *_cache(config)], 6,
-            ["input_ids", "noise", *_STATE, *_TABLES, *_names(layers, "past_key_values")],
-            [*drawn, *_names(layers, "present")],
-        ),
-    }  # fmt: skip
+    context = _Part(
+        "context.onnx", dspark.Context(drafter), [_hidden(config, len(config.taps)), start, *_tables(config)],
+        ["hidden", "start", *_TABLES], rows,
+    )  # fmt: skip
+    block = _Part(
+        "block.onnx", dspark.Block(drafter), [ids, noise, *_state(), *_tables(config), *_cache(config)],
+        ["input_ids", "noise", *_STATE, *_TABLES, *_names(layers, "past_key_values")],
+        [*drawn, *_names(layers, "present")],
+    )  # fmt: skip
+    return drafter, [context, block]
 
 
-def _eagle3(config: DraftConfig) -> dict[str, _Part]:
+def _eagle3(config: DraftConfig) -> tuple[nn.Module, list[_Part]]:
     drafter = eagle3.Drafter(config)
     ids = (torch.empty(1, 3, dtype=torch.int64), (1,))
-    return {
-        "context.onnx": (
-            eagle3.Context(drafter), [_hidden(config, len(config.taps))], 1, ["hidden"], ["context"],
-        ),
-        "step.onnx": (
-            eagle3.Step(drafter), [_hidden(config, 1), ids, *_state(), *_tables(config), *_cache(config)], 2,
-            ["context", "input_ids", *_STATE, *_TABLES, *_names(1, "past_key_values")],
-            ["last", "candidates", "logits", *_names(1, "present")],
-        ),
-    }  # fmt: skip
+    context = _Part(
+        "context.onnx", eagle3.Context(drafter), [_hidden(config, len(config.taps))], ["hidden"], ["context"]
+    )
+    step = _Part(
+        "step.onnx", eagle3.Step(drafter), [_hidden(config, 1), ids, *_state(), *_tables(config), *_cache(config)],
+        ["context", "input_ids", *_STATE, *_TABLES, *_names(1, "past_key_values")],
+        ["last", "candidates", "logits", *_names(1, "present")],
+    )  # fmt: skip
+    return drafter, [context, step]
 
 
 def candidates(config: DraftConfig) -> int:
@@ -98,11 +138,11 @@ def _names(layers: int, prefix: str) -> list[str]:
     return [f"{prefix}.{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
 
 
-def _finish(config: DraftConfig, graph: ir.Graph, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+def _finish(config: DraftConfig, graph: ir.Graph, part: _Part) -> ir.Model:
     _name_nodes(graph)
     for weight in graph.initializers.values():
         weight.const_value = None  # fake ones
-    for values, names in ((graph.inputs, inputs), (graph.outputs, outputs)):
+    for values, names in ((graph.inputs, part.inputs), (graph.outputs, part.outputs)):
         for value, name in zip(values, names, strict=True):
             value.name = name
             if value.shape is not None and any(not isinstance(size, int) for size in value.shape):
