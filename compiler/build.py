@@ -12,6 +12,8 @@ import onnx_ir as ir
 
 from dsopt.compiler import package
 from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.drafters.build import DraftPlan, check_target, plan_drafter, write_drafter
+from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
 from dsopt.compiler.export import export
 from dsopt.compiler.models import find_family
 from dsopt.compiler.passes import CLEAN, pipeline
@@ -44,11 +46,12 @@ class Plan:
     model: ir.Model
     manifest: Manifest
     files: Mapping[str, bytes]
+    drafter: DraftPlan | None = None
 
     @property
     def nbytes(self) -> int:
         """Size of the weights on disk."""
-        return package.stored_bytes(self.model)
+        return package.stored_bytes(self.model) + (self.drafter.nbytes if self.drafter else 0)
 
 
 def plan(
@@ -56,6 +59,7 @@ def plan(
     recipe: Recipe,
     pruning: Pruning = NOTHING,
     *,
+    draft: DraftCheckpoint | None = None,
     target: str = "cpu",
     evidence: Evidence | None = None,
     calibrate: Calibrate = default_windows,
@@ -65,7 +69,8 @@ def plan(
 
     A recipe that says no float type gets the target's own. `evidence` tells what the inputs of each linear layer look
     like. `calibrate` gives windows of token ids, all of one length, for a checkpoint; it is asked only where pruning
-    needs text. `report` is told what is done. Raises DsoptError on a model that is not supported.
+    needs text. With a drafter the graph gives the outputs of the layers that it reads, and it is compiled beside the
+    model. `report` is told what is done. Raises DsoptError on a model that is not supported.
     """
     chosen = probed(target)
     recipe = recipe.with_dtype(chosen.check_dtype(recipe.said_dtype))
@@ -79,7 +84,10 @@ def plan(
     # A model that cannot be spoken to is not worth compiling: a broken tokenizer is an error now.
     Tokenizer.from_bytes(checkpoint.files["tokenizer.json"], checkpoint.source.path / "tokenizer.json")
     _check_names(checkpoint, config)
-    model = export(family.Model, config)
+    if draft:
+        check_target(draft, config)
+    taps = draft.config.taps if draft else ()
+    model = export(family.Model, config, taps)
     if config.tie_word_embeddings:
         TieEmbeddings()(model)
     _bind_weights(model, checkpoint, tied=config.tie_word_embeddings)
@@ -101,7 +109,11 @@ def plan(
     CheckKernels(chosen)(model)
     text = full_text(recipe.text, pruning)
     manifest = _manifest(checkpoint, config, text, chosen.name, sizes, nodes, pruned)
-    return Plan(model, manifest, {**checkpoint.files, "genai_config.json": package.genai_config(manifest)})
+    files = {**checkpoint.files, "genai_config.json": package.genai_config(manifest)}
+    if draft is None:
+        return Plan(model, manifest, files)
+    drafter = plan_drafter(draft, checkpoint, config, model, recipe)
+    return Plan(model, dataclasses.replace(manifest, drafters=(drafter.directory,), taps=taps), files, drafter)
 
 
 def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) -> Manifest:
@@ -110,9 +122,12 @@ def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) ->
     with package.written_aside(out) as aside:
         package.write_graph(plan.model, aside, progress)
         package.write_texts(aside, plan.files)
+        drafter = write_drafter(plan.drafter, aside, progress) if plan.drafter else None
         manifest = dataclasses.replace(plan.manifest, files=package.describe_files(aside))
         package.seal(aside, manifest)
-    package.remember_hashes(out, manifest)
+    package.remember_hashes(out, manifest.files)
+    if plan.drafter and drafter:
+        package.remember_hashes(out / plan.drafter.directory, drafter.files)
     return manifest
 
 

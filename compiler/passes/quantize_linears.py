@@ -33,16 +33,24 @@ Evidence = Callable[[str], InputStatistics]
 
 
 class QuantizeLinears(ir.passes.InPlacePass):
-    """With `evidence`, weights of few bits are rounded by GPTQ; without it, each to the nearest code."""
+    """With `evidence`, weights of few bits are rounded by GPTQ; without it, each to the nearest code.
 
-    def __init__(self, recipe: Recipe, evidence: Evidence | None = None) -> None:
+    `find` gives the linear layers of a graph that is no decoder's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        evidence: Evidence | None = None,
+        find: Callable[[ir.Graph], list[Linear]] = find_linears,
+    ) -> None:
         super().__init__()
-        self.recipe, self.evidence = recipe, evidence
+        self.recipe, self.evidence, self.find = recipe, evidence, find
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         modified = False
-        for linear in find_linears(graph):
+        for linear in self.find(graph):
             form = self.recipe.format(linear.role, module_name(linear))
             if form.kernel == "none":
                 continue
