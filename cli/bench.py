@@ -148,6 +148,7 @@ def _setting(session: "Session") -> dict[str, Any]:
 
     import onnxruntime
 
+    from dsopt.runtime.machine import cpu_name
     from dsopt.runtime.session import PREFILL_CHUNK
 
     artifact, manifest = session.artifact, session.artifact.manifest
@@ -155,7 +156,7 @@ def _setting(session: "Session") -> dict[str, Any]:
     return {
         "build_commit": version("dsopt"),
         "build_number": 0,
-        "cpu_info": _cpu(),
+        "cpu_info": cpu_name(),
         "gpu_info": "",
         "backends": "ORT-CPU",
         "model_filename": str(artifact.directory),
@@ -240,17 +241,6 @@ def _rounded(parameters: int) -> str:
         if parameters >= size:
             return f"{parameters / size:.3g}{unit}"
     return str(parameters)
-
-
-def _cpu() -> str:
-    import platform
-
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.machine()
 
 
 def _peak_rss() -> int | None:

@@ -40,6 +40,11 @@ def check_threads(threads: int | None) -> None:
         raise UsageError(f"--threads is {threads}; this machine has {processors} processors, give at most as many")
 
 
+def ort_version() -> str:
+    """Of ONNX Runtime."""
+    return str(ort.__version__)
+
+
 class Session:
     """A loaded model. Immutable: what a sequence remembers is in its KvCache, what a call needs is in a Binding.
 
