@@ -137,8 +137,8 @@ def speculation_record(speculation: "Speculation") -> dict[str, Any]:
     tally = speculation.tally
     return {
         "draft": speculation.kind,
-        "exact_width": speculation.width,
-        "exact_cost": round(speculation.exact_cost, 4) if speculation.width else None,
+        "exact": bool(speculation.widths),
+        "exact_cost": round(speculation.exact_cost, 4) if speculation.widths else None,
         "rounds": tally.rounds,
         "proposed_tokens": tally.proposed,
         "accepted_tokens": tally.accepted,
@@ -190,8 +190,8 @@ def _speculated(spec: Mapping[str, Any] | None) -> list[str]:
         shares = [f"{name} {100 * spec[f'{name}_seconds'] / seconds:.0f} %" for name in ("draft", "verify", "overhead")]
         parts.append(" ".join(shares))
         parts.append(f"gain {spec['gain']:.2f}x")
-    if spec["exact_width"]:
-        parts.append(f"exact: {spec['exact_width']} rows a run, {100 * spec['exact_cost']:.0f} % slower than one")
+    if spec["exact"]:
+        parts.append(f"exact, which makes a step {100 * spec['exact_cost']:.0f} % slower")
     else:
         parts.append(f"near ties {spec['near_ties']}")
     return parts

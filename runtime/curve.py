@@ -1,4 +1,7 @@
-"""The verify curve: what a run of this model takes on this machine, by its rows and by the tokens in the cache."""
+"""The verify curve: what a run of this model takes on this machine, by its rows and by the tokens in the cache.
+
+And which widths give the same bits: a row's logits differ between widths where ONNX Runtime takes other kernels.
+"""
 
 import hashlib
 import json
@@ -8,8 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dsopt.runtime.artifact import GRAPH, WEIGHTS
+from dsopt.runtime.decoder import prefill
 from dsopt.runtime.files import cache_dir, write_atomically
 from dsopt.runtime.machine import cpu_name
 from dsopt.runtime.session import Binding, Session, ort_version
@@ -19,7 +24,7 @@ _FEW = (1, 2, 4, 8, 16, 32)  # of a model so slow that not all can be measured i
 _BUDGET = 1.5  # seconds
 _LEAST, _REPETITIONS = 3, 12  # runs of each width; the fastest counts, since all that disturbs makes slower
 _SHALLOW, _DEEP = 64, 1024  # tokens in the cache
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class VerifyCurve:
     seconds_at_depth: tuple[float, ...]
     deep: int
     seconds_at_deep: tuple[float, ...]
+    same_bits: tuple[int, ...]  # widths at which a row's logits were those of the widest run, bit for bit
 
     def __post_init__(self) -> None:
         times = (self.seconds_at_depth, self.seconds_at_deep)
@@ -43,6 +49,8 @@ class VerifyCurve:
             and self.widths == tuple(sorted(set(self.widths)))
             and self.widths[0] == 1
             and self.depth < self.deep
+            and set(self.same_bits) <= set(self.widths)
+            and self.widths[-1] in self.same_bits
         )
         if not good:
             raise ValueError("not a verify curve")
@@ -84,7 +92,8 @@ def measure_curve(session: Session, budget: float = _BUDGET) -> VerifyCurve:
     where a model needs it for three runs of each."""
     binding = session.bind(session.new_cache())
     depth, deep = min(_SHALLOW, session.context // 4), min(_DEEP, session.context // 2)
-    _time(binding, 1, depth)
+    ids = np.random.default_rng(0).integers(session.vocab_size, size=2 * session.context)
+    prefill(binding, ids[:depth].tolist())
     step = min(_time(binding, 1, depth) for _ in range(2))
     slow = step * 2 * sum(WIDTHS) / 8 * (_LEAST + 1) > 4 * budget  # 8 rows are guessed to cost 2 steps
     widths = tuple(width for width in (_FEW if slow else WIDTHS) if width <= max(session.context // 4, 2))
@@ -96,21 +105,29 @@ def measure_curve(session: Session, budget: float = _BUDGET) -> VerifyCurve:
             break
         for (width, at), taken in times.items():
             taken.append(_time(binding, width, at))
+    same = _same_bits(binding, ids[depth:], widths, depth)
     best = {key: min(taken[1:]) for key, taken in times.items()}  # the first one binds and allocates
-    return _curve(widths, depth, deep, best)
-
-
-def _curve(widths: tuple[int, ...], depth: int, deep: int, best: dict[tuple[int, int], float]) -> VerifyCurve:
     shallow = [best[width, depth] for width in widths]
     ends = [max(best[width, deep] - best[width, depth], 0.0) for width in (1, widths[-1])]
-    added = np.interp(widths, (1, widths[-1]), ends)
-    return VerifyCurve(
-        widths, depth, tuple(shallow), deep, tuple(a + float(b) for a, b in zip(shallow, added, strict=True))
-    )
+    added = np.interp(widths, (1, widths[-1]), ends).tolist()
+    return VerifyCurve(widths, depth, tuple(shallow), deep, tuple(map(sum, zip(shallow, added, strict=True))), same)
+
+
+def _same_bits(binding: Binding, ids: NDArray[np.int64], widths: tuple[int, ...], depth: int) -> tuple[int, ...]:
+    """The widths that give the widest run's logits for its last rows, behind what that run left for the others."""
+    widest = widths[-1]
+    binding.cache.trim(depth)
+    wanted = binding.run(ids[:widest], rows=widest).copy()
+    same = []
+    for width in widths:
+        binding.cache.trim(depth + widest - width)
+        if np.array_equal(binding.run(ids[widest - width : widest], rows=width), wanted[widest - width :]):
+            same.append(width)
+    return tuple(same)
 
 
 def _time(binding: Binding, width: int, depth: int) -> float:
-    """Seconds of one run. The cache holds zeros, which take as long as keys and values that mean something."""
+    """Seconds of one run. A deep cache holds zeros, which take as long as keys and values that mean something."""
     binding.cache.reserve(depth + width)
     binding.cache.length = depth
     ids = np.arange(width)

@@ -1,8 +1,10 @@
-"""Exact mode: every run of generation has the same number of rows, so that each row is computed in the same way.
+"""Exact mode: every run of generation has a number of rows that gives the same bits, so that the text is the same
+with any drafter and with none.
 
-The kernels of a run are chosen by its shape, and rounding differs with them; at a near tie another token wins. Where
-shapes never change and rows do not look at each other, a row's logits depend on its own tokens alone, whatever stands
-beside it: drafted tokens, rejected ones, or none.
+Kernels are chosen by a run's shape, and rounding differs with them; at a near tie another token wins. On the CPUs seen
+a single row is computed in its own way, and every wider run, of 2 to 32 rows, gives each row the same bits: the rows
+do not look at each other, and padding a lonely row with another is enough. Which widths agree is found out together
+with the verify curve. Where none do, every run has the same width.
 """
 
 from dsopt.runtime.artifact import Artifact
@@ -10,23 +12,26 @@ from dsopt.runtime.curve import VerifyCurve
 from dsopt.runtime.errors import DsoptError
 
 WORTH = 0.05  # exactness that makes a plain step slower by no more than this is switched on with a drafter
-_WIDTHS = (2, 4, 8, 16)
+_ALONE = (2, 4, 8, 16)  # widths to choose from where there can be only one
 _SURVIVAL = 0.8  # of a drafted token, where a drafter is worth having
 _DEPTH = 512
 
 
-def exact_width(curve: VerifyCurve) -> int:
-    """Rows of a run: the number with the most tokens a second, if four drafted tokens of five are right.
+def exact_widths(curve: VerifyCurve) -> tuple[int, ...]:
+    """The rows that a run may have. They depend on nothing but the curve, and so are the same with every drafter.
 
-    It depends on nothing else, so that the width is the same with every drafter.
+    Those that agree; where there are no two, the one with the most tokens a second, if four drafted tokens of five
+    are right.
     """
-    widths = [width for width in _WIDTHS if width <= curve.widths[-1]]
-    return max(widths, key=lambda width: _expected(width) / curve.seconds(width, _DEPTH))
+    if len(curve.same_bits) > 1:
+        return curve.same_bits
+    alone = [width for width in _ALONE if width <= curve.widths[-1]]
+    return (max(alone, key=lambda width: _expected(width) / curve.seconds(width, _DEPTH)),)
 
 
-def exact_cost(curve: VerifyCurve, width: int) -> float:
-    """By what share a run of `width` rows is slower than one of a single row."""
-    return max(curve.seconds(width, _DEPTH) / curve.seconds(1, _DEPTH) - 1, 0.0)
+def exact_cost(curve: VerifyCurve, widths: tuple[int, ...]) -> float:
+    """By what share the narrowest run is slower than one of a single row."""
+    return max(curve.seconds(widths[0], _DEPTH) / curve.seconds(1, _DEPTH) - 1, 0.0)
 
 
 def check_exact(artifact: Artifact) -> None:

@@ -35,16 +35,21 @@ class Round:
     verifying: float
 
 
+def padded(widths: tuple[int, ...], rows: int) -> int:
+    """The rows of a run in which `rows` are needed: the next of `widths`, rising, () for any number."""
+    return next((width for width in widths if width >= rows), rows)
+
+
 class Scheduler:
     """Decides by the curve, by the drafter's survival estimates and by what rounds really cost and gave.
 
-    `width`: every run has so many rows (exact mode), whatever is verified. What speculation loses against plain
+    `widths`: what runs are padded to (exact mode). What speculation loses against plain
     decoding is kept in an account: while it is more than 2 % of the time so far and two steps, nothing is drafted.
     Time passes, and so the next attempt comes by itself, at a cost that is bounded for good.
     """
 
-    def __init__(self, curve: VerifyCurve, width: int | None = None) -> None:
-        self._curve, self._width = curve, width
+    def __init__(self, curve: VerifyCurve, widths: tuple[int, ...] = ()) -> None:
+        self._curve, self._widths = curve, widths
         self._lines: dict[int, tuple[float, float]] = {}  # of the curve, by width
         self._pace = _Pace()
         self._cost = _DraftCost()
@@ -97,7 +102,7 @@ class Scheduler:
 
     def observe(self, done: Round) -> None:
         """Learn from a round."""
-        width = self._width or done.verified + 1
+        width = padded(self._widths, done.verified + 1)
         expected = self._run_seconds(width, done.depth)
         self._pace.observe(width, done.verifying / expected)
         for position in range(done.verified):
@@ -114,7 +119,7 @@ class Scheduler:
 
     def _seconds(self, drafted: int, depth: int) -> float:
         """What a run takes that verifies so many tokens."""
-        return self._run_seconds(self._width or drafted + 1, depth)
+        return self._run_seconds(padded(self._widths, drafted + 1), depth)
 
     def _run_seconds(self, width: int, depth: int) -> float:
         if width not in self._lines:

@@ -15,7 +15,7 @@ from dsopt.runtime import session as sessions
 from dsopt.runtime.decoder import Step, make_step, prefill
 from dsopt.runtime.drafters import Draft, Drafter
 from dsopt.runtime.sampling import Sampler
-from dsopt.runtime.scheduler import Round, Scheduler
+from dsopt.runtime.scheduler import Round, Scheduler, padded
 from dsopt.runtime.session import Binding, Logits
 from dsopt.runtime.tally import Tally
 
@@ -26,16 +26,16 @@ NEAR_TIE = 0.3  # logits: the largest lead that was seen to flip between runs of
 class Speculation:
     """How one sequence is speculated on.
 
-    drafter: None verifies nothing, which is of use with a `width` only.
-    width: rows of every run, a drafted token or not (exact mode); None lets runs have as many as are needed.
+    drafter: None verifies nothing, which is of use with `widths` only.
+    widths: rows that a run may have, rising (exact mode); () lets it have as many as are needed.
     """
 
     drafter: Drafter | None
     scheduler: Scheduler
-    width: int | None = None
+    widths: tuple[int, ...] = ()
     tally: Tally = field(default_factory=Tally)
     kind: str = "none"  # of drafter, as the user named it
-    exact_cost: float = 0.0  # by what share a run of `width` rows is slower than one of a single row
+    exact_cost: float = 0.0  # by what share the narrowest run is slower than one of a single row
 
 
 def speculate(
@@ -84,7 +84,7 @@ class _Loop:
         self.history = history
         self._binding, self._cache, self._sampler = binding, binding.cache, sampler
         self._drafter, self._scheduler = speculation.drafter, speculation.scheduler
-        self._width, self._tally = speculation.width, speculation.tally
+        self._widths, self._tally = speculation.widths, speculation.tally
         self._end, self._top = end, top
         self._greedy = sampler.options.temperature == 0
         self._mark = 0.0
@@ -137,8 +137,8 @@ class _Loop:
     def _draft(self, anchor: int, left: int) -> tuple[Draft, int, float]:
         """What is to be verified, how many tokens the drafter was asked for, and the seconds it took."""
         room = min(left - 1, self._cache.limit - self._cache.length - 1)
-        if self._width is not None:
-            room = min(room, self._width - 1)
+        if self._widths:
+            room = min(room, self._widths[-1] - 1)
         asked = self._scheduler.ask(self._cache.length, room) if self._drafter is not None else 0
         if self._drafter is None or asked == 0:
             return Draft(), 0, 0.0
@@ -155,17 +155,16 @@ class _Loop:
     def _run(self, ids: list[int]) -> tuple[Logits, int]:
         """Logits after each of `ids`, and in which row they begin. Only the anchor is valid in the cache then.
 
-        At a fixed width the rest is filled up, with tokens that are forgotten; where the context ends before, with
-        the tokens that came before, which are computed again.
+        In exact mode a run is filled up, with tokens that are forgotten; where the context ends before, with the
+        tokens that came before, which are computed again.
         """
-        if self._width is None:
-            return self._binding.run(np.array(ids), rows=len(ids), keep=1), 0
-        cache, width = self._cache, min(self._width, self._cache.limit)
+        cache = self._cache
+        width = min(padded(self._widths, len(ids)), cache.limit)
         back = max(cache.length + width - cache.limit, 0)
-        padded = [*self.history[cache.length - back : cache.length], *ids]
-        padded += [ids[-1]] * (width - len(padded))
+        filled = [*self.history[cache.length - back : cache.length], *ids]
+        filled += [ids[-1]] * (width - len(filled))
         cache.trim(cache.length - back)
-        return self._binding.run(np.array(padded), rows=width, keep=back + 1), back
+        return self._binding.run(np.array(filled), rows=width, keep=back + 1), back
 
     def _choose(self, logits: Logits, draft: Draft, position: int) -> int:
         if draft.distributions is None or position == len(draft.tokens) or self._greedy:
@@ -175,7 +174,7 @@ class _Loop:
 
     def _emit(self, token: int, logits: Logits, from_draft: bool, position: int, depth: int) -> Step:
         tally = self._tally
-        if self._greedy and self._width is None and self._sampler.margin(logits, self.history) < NEAR_TIE:
+        if self._greedy and not self._widths and self._sampler.margin(logits, self.history) < NEAR_TIE:
             tally.near_ties += 1
         if from_draft:
             tally.accept(position)

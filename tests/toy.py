@@ -46,7 +46,7 @@ def random_table(vocab: int, seed: int = 0) -> np.ndarray:
 
 def curve(*seconds: float) -> VerifyCurve:
     """Runs of 1, 2, 3, ... rows, whatever the depth."""
-    return VerifyCurve(tuple(range(1, len(seconds) + 1)), 0, seconds, 1, seconds)
+    return VerifyCurve(tuple(range(1, len(seconds) + 1)), 0, seconds, 1, seconds, (len(seconds),))
 
 
 class Forced(Scheduler):

@@ -9,7 +9,7 @@ from dsopt.runtime.drafters import Drafter
 from dsopt.runtime.drafters.chain import ChainDrafter
 from dsopt.runtime.drafters.ngram import NgramDrafter
 from dsopt.runtime.errors import DsoptError
-from dsopt.runtime.exact import WORTH, check_exact, exact_cost, exact_width, mixes_rows
+from dsopt.runtime.exact import WORTH, check_exact, exact_cost, exact_widths, mixes_rows
 from dsopt.runtime.model import Model
 from dsopt.runtime.sampling import Sampling
 from dsopt.runtime.scheduler import Scheduler
@@ -37,13 +37,13 @@ def open_speculation(
     if drafter is None and not exact:
         return None
     curve = verify_curve(model.session, measuring)
-    width = exact_width(curve)
-    cost = exact_cost(curve, width)
+    widths = exact_widths(curve)
+    cost = exact_cost(curve, widths)
     if exact is None:
         exact = cost <= WORTH and not mixes_rows(model.artifact)
     if not exact:
         return Speculation(drafter, Scheduler(curve), kind=kind)
-    return Speculation(drafter, Scheduler(curve, width), width, kind=kind, exact_cost=cost)
+    return Speculation(drafter, Scheduler(curve, widths), widths, kind=kind, exact_cost=cost)
 
 
 def open_drafter(kind: str, target: Model, sampling: Sampling) -> Drafter | None:

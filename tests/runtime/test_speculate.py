@@ -42,16 +42,16 @@ def watched(binding: ToyBinding, prompt: Sequence[int], steps: Iterator[Step]) -
 
 
 @pytest.mark.parametrize("taps", [(), TAPS])
-@pytest.mark.parametrize("width", [None, 4])
+@pytest.mark.parametrize("widths", [(), (4,), (2, 3, 6)])
 @pytest.mark.parametrize("temperature", [0, 1.0])
 @pytest.mark.parametrize("seed", range(8))
 def test_any_lengths_give_the_tokens_of_plain_decoding(
-    seed: int, temperature: float, width: int | None, taps: tuple[int, ...]
+    seed: int, temperature: float, widths: tuple[int, ...], taps: tuple[int, ...]
 ) -> None:
     options = {"temperature": temperature, "repeat_penalty": 1.3}
     text = PROMPT + plain(60, **options)
     binding = ToyBinding(TABLE, taps=taps)
-    speculation = Speculation(Oracle(text, VOCAB, seed, taps), Forced(seed), width)
+    speculation = Speculation(Oracle(text, VOCAB, seed, taps), Forced(seed), widths)
     steps = list(
         watched(binding, PROMPT, speculate(binding, PROMPT, speculation, sampler=sampler(**options), limit=60))
     )
@@ -64,33 +64,33 @@ def test_any_lengths_give_the_tokens_of_plain_decoding(
     assert sum(tally.reached) == tally.proposed
     assert sum(tally.passed) == tally.accepted
     assert all(a >= b for a, b in zip(tally.passed, tally.passed[1:], strict=False))
-    if width:
-        assert {rows for _, rows in binding.runs[1:]} == {width}
+    if widths:
+        assert {rows for _, rows in binding.runs[1:]} == set(widths)
 
 
-@pytest.mark.parametrize("width", [None, 3])
-def test_it_ends_at_the_limit_and_after_an_end_token_in_a_block(width: int | None) -> None:
+@pytest.mark.parametrize("widths", [(), (3,)])
+def test_it_ends_at_the_limit_and_after_an_end_token_in_a_block(widths: tuple[int, ...]) -> None:
     text = PROMPT + plain(30)
     for limit in range(12):
         binding = ToyBinding(TABLE)
-        speculation = Speculation(Oracle(text, VOCAB, limit), Forced(limit), width)
+        speculation = Speculation(Oracle(text, VOCAB, limit), Forced(limit), widths)
         steps = speculate(binding, PROMPT, speculation, sampler=sampler(), limit=limit)
         assert [step.token for step in watched(binding, PROMPT, steps)] == text[len(PROMPT) :][:limit]
         assert binding.cache.length <= len(PROMPT) + limit
     answer = text[len(PROMPT) :]
     for end in set(answer):
-        speculation = Speculation(Oracle(text, VOCAB, end), Forced(end), width)
+        speculation = Speculation(Oracle(text, VOCAB, end), Forced(end), widths)
         steps = speculate(ToyBinding(TABLE), PROMPT, speculation, sampler=sampler(), limit=30, end=frozenset([end]))
         assert [step.token for step in steps] == answer[: answer.index(end) + 1]
 
 
-@pytest.mark.parametrize("width", [None, 4, 64])
-def test_the_context_may_end_within_a_block(width: int | None) -> None:
+@pytest.mark.parametrize("widths", [(), (4,), (2, 8), (64,)])
+def test_the_context_may_end_within_a_block(widths: tuple[int, ...]) -> None:
     for context in range(len(PROMPT) + 1, len(PROMPT) + 14):
         room = context - len(PROMPT)
         text = PROMPT + plain(room, context=context)
         binding = ToyBinding(TABLE, context)
-        speculation = Speculation(Oracle(text, VOCAB, context), Forced(context), width)
+        speculation = Speculation(Oracle(text, VOCAB, context), Forced(context), widths)
         steps = watched(binding, PROMPT, speculate(binding, PROMPT, speculation, sampler=sampler(), limit=room))
         assert PROMPT + [step.token for step in steps] == text
         assert all(cached + rows <= context for cached, rows in binding.runs)
@@ -125,7 +125,7 @@ def test_an_interrupted_run_leaves_a_valid_cache(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(binding, "run", interrupted)
     got: list[int] = []
-    speculation = Speculation(Oracle(text, VOCAB), Forced(), 4)
+    speculation = Speculation(Oracle(text, VOCAB), Forced(), (4,))
     with pytest.raises(KeyboardInterrupt):
         got.extend(step.token for step in speculate(binding, PROMPT, speculation, sampler=sampler(), limit=40))
     assert PROMPT + got == text[: len(PROMPT) + len(got)]
@@ -170,8 +170,8 @@ def test_near_ties_are_counted() -> None:
     table = np.zeros((VOCAB, VOCAB, VOCAB))
     table[..., 2] = 1
     table[..., 3] = 1 - NEAR_TIE * 0.9
-    for width, ties in ((None, 9), (4, 0)):  # in exact mode a tie is decided the same way every time
-        speculation = Speculation(NgramDrafter(), Forced(), width)
+    for widths, ties in (((), 9), ((4,), 0)):  # in exact mode a tie is decided the same way every time
+        speculation = Speculation(NgramDrafter(), Forced(), widths)
         assert len(list(speculate(ToyBinding(table), PROMPT, speculation, sampler=sampler(), limit=10))) == 10
         assert speculation.tally.near_ties == ties
 
