@@ -13,8 +13,9 @@ from dsopt.runtime.drafters import Draft
 
 MOST = 31  # tokens of a draft: the verify curve ends at 32 rows
 _MARGIN = 1.02  # how much better than plain decoding a draft must promise to be
-_LOSS = 0.02  # share of the time that speculation may have lost, and
-_GRANT = 2.0  # plain steps that it may lose on top: to begin with, and after it has won
+_LOSS = 0.015  # share of the time that speculation may have lost, and plain steps that it may lose on top,
+_GRANT, _FREE_GRANT = 2.0, 1.0  # fewer where drafts are free: what copies the text learns without trying
+_WON = 6.0  # plain steps won that may be lost again before anyone looks
 _RATE = 0.1  # weight of the newest observation in a running mean
 _SURVIVAL = 0.75  # of a draft's tokens, each given those before it, until counted
 _FIRST = 4  # tokens asked for until the cost of drafts is known
@@ -44,8 +45,8 @@ class Scheduler:
     """Decides by the curve, by the drafter's survival estimates and by what rounds really cost and gave.
 
     `widths`: what runs are padded to (exact mode). What speculation loses against plain
-    decoding is kept in an account: while it is more than 2 % of the time so far and two steps, nothing is drafted.
-    Time passes, and so the next attempt comes by itself, at a cost that is bounded for good.
+    decoding is kept in an account: while that is more than a small share of the time so far, nothing is drafted. Time
+    passes, and so the next attempt comes by itself, at a cost that is bounded for good.
     """
 
     def __init__(self, curve: VerifyCurve, widths: tuple[int, ...] = ()) -> None:
@@ -68,12 +69,13 @@ class Scheduler:
     def ask(self, depth: int, room: int) -> int:
         """How many tokens to ask the drafter for, at most `room`; 0 leaves it alone. Looks at past rounds only."""
         room = min(room, MOST)
-        step, grant = self._seconds(0, depth), self._grant(depth)
+        step = self._seconds(0, depth)
         if room < 1:
             return 0
         if self._cost.of(room) < _FREE * step:
             most = room if self._cost.is_known else min(room, _FIRST)
-            return most if self._lost < grant else 0
+            return most if self._lost < _FREE_GRANT * step + _LOSS * self._elapsed else 0
+        grant = _GRANT * step + _LOSS * self._elapsed
         tokens = 1 + np.concatenate([[0], np.cumsum(self._survival[:room])])
         seconds = np.array([self._cost.of(n) + self._seconds(n, depth) for n in range(room + 1)])
         best = int(np.argmax(tokens[1:] / seconds[1:])) + 1
@@ -112,10 +114,7 @@ class Scheduler:
         verifying = min(done.verifying, 2 * expected)  # a hiccup of the machine is no loss
         self._elapsed += drafting + verifying
         if done.asked and (done.verified or drafting > _FREE * step):
-            self._lost = max(self._lost + drafting + verifying - done.emitted * step, -_GRANT * step)
-
-    def _grant(self, depth: int) -> float:
-        return _GRANT * self._seconds(0, depth) + _LOSS * self._elapsed
+            self._lost = max(self._lost + drafting + verifying - done.emitted * step, -_WON * step)
 
     def _seconds(self, drafted: int, depth: int) -> float:
         """What a run takes that verifies so many tokens."""
