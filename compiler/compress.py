@@ -1,8 +1,6 @@
 """From a checkpoint and a goal to the artifact that meets it: calibrate, price, time, choose, build, measure."""
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -72,7 +70,7 @@ def study(checkpoint: Checkpoint, windows: np.ndarray, goal: Goal, stage: Stage 
     with stage("pricing errors") as progress:
         sweep_back(stream, statistics, pricer, progress=progress)
     head = stream.head()
-    with torch.inference_mode():
+    with torch.no_grad():
         sites = [*pricer.sites, price_head(checkpoint, head, statistics, FORMATS)]
     with stage("timing kernels") as progress:
         table = _table(sites, config, goal, progress)
@@ -103,14 +101,11 @@ def compress(
 
     Raises DsoptError where no build kept the budget, unless `allow_miss`: then the one that came nearest is kept.
     """
-    out = out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{out.name}.partial-{os.getpid()}-"
-    with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as folder:
+    with package.scratch(out) as folder:
         builds: dict[int, Path] = {}
 
         def try_out(made: Assignment) -> float:
-            builds[id(made)] = place = Path(folder) / str(len(builds))
+            builds[id(made)] = place = folder / str(len(builds))
             _build(checkpoint, found, made, place, text, stage)
             with stage("measuring the loss") as progress:
                 loss = judge(found, place, progress)[goal.quantity]

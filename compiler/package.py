@@ -1,5 +1,6 @@
 """A graph with lazy weights -> an artifact directory, streamed to disk, written aside and renamed."""
 
+import glob
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from dsopt.runtime.files import hash_content, remember_sha256
 
 Progress = Callable[[int, int], None]  # bytes written, bytes in all
 _INLINE = 1024  # smaller tensors stay in the graph file: shape inference and constant folding read them
-_PARTIAL = ".partial-"
+_PARTIAL, _SCRATCH = ".partial-", ".rounds-"
 MAX_LENGTH = 4096  # onnxruntime-genai allocates and clears the whole cache for this length up front
 
 
@@ -58,6 +59,26 @@ def _take_place(aside: Path, out: Path) -> None:
         old.rename(out)
         raise
     shutil.rmtree(old)
+
+
+@contextmanager
+def scratch(out: Path) -> Iterator[Path]:
+    """A new directory beside `out` for builds that may become it, gone afterwards; so is what killed processes left."""
+    out = out.resolve()
+    prefix = f".{out.name}{_SCRATCH}"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for path in list(out.parent.glob(f"{glob.escape(prefix)}*")):
+            pid = path.name.removeprefix(prefix).partition("-")[0]
+            if pid.isdigit() and not _is_running(int(pid)):
+                shutil.rmtree(path, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=out.parent))
+    except OSError as error:
+        raise DsoptError(f"{out}: cannot be written: {error.strerror or error}") from error
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_leftovers(out: Path) -> None:

@@ -17,9 +17,15 @@ from dsopt.compiler.recipe import Format
 from dsopt.compiler.sites import Choice, Site
 from dsopt.runtime.errors import DsoptError, UsageError
 
-# How often a layer runs with how many rows, for one use: a prompt of 512 tokens and 128 of answer; a prompt; eight
-# sequences at once; rounds that verify four drafted tokens.
-WORKLOADS = {"chat": {1: 128, 128: 4}, "prefill": {128: 1}, "batch": {8: 1}, "speculative": {5: 3, 1: 1}}
+# How often a layer runs with how many rows, for one use: a prompt of 512 tokens and 128 of answer; a token; a prompt;
+# eight sequences at once; rounds that verify four drafted tokens.
+WORKLOADS = {
+    "chat": {1: 128, 128: 4},
+    "decode": {1: 1},
+    "prefill": {128: 1},
+    "batch": {8: 1},
+    "speculative": {5: 3, 1: 1},
+}
 ROUNDS = 3
 _BINS = 4000  # of the budget; a loss is rounded up to the next
 _PRICINGS = 24  # bisections of the price on bytes

@@ -1,8 +1,8 @@
 """Where a choice is to be made, what can be chosen, and what each choice costs in quality.
 
-A site is an input and the linear layers that read it: q, k, v of a layer are one, gate and up are one, for they run as
-one packed kernel. A choice is a weight format and, for kernels that quantize activations by the tensor, the exponent of a
-smoothing.
+A site is an input and the linear layers that read it: q, k, v of a layer are one, gate and up are one, for they run
+as one packed kernel. A choice is a weight format and, for kernels that quantize activations by the tensor, the exponent
+of a smoothing.
 """
 
 from collections.abc import Sequence
@@ -58,7 +58,7 @@ class Pricer:
         self.sites: list[Site] = []
 
     def __call__(self, layer: int, seen: dict[str, Observed]) -> None:
-        with torch.inference_mode():
+        with torch.no_grad():
             made = [self._site(layer, first, seen) for first in _GROUPS]
         self.sites[:0] = made  # the sweep goes back, the list goes forth
 
