@@ -94,7 +94,8 @@ def compile_command(
     """Compile MODEL and print the path of the result.
 
     With --quant auto the kernel of each layer is chosen on this machine: the fastest mix that loses no more than
-    allowed, as measured on text that was not calibrated on. A model compiled before with the same recipe from the same files is not compiled again.
+    allowed, as measured on text that was not calibrated on. A model compiled before with the same recipe from the
+    same files is not compiled again.
     """
     order = Order(quant, target, dtype, prune, draft, loss, size, workload, calib, allow_miss, report)
     if plan:
