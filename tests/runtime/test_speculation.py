@@ -204,6 +204,18 @@ def test_the_curve_is_measured_once_for_a_model_a_machine_and_its_threads(
     assert measured[-1] == 4
 
 
+def test_a_tight_context_changes_neither_curve_nor_tokens(model: Model) -> None:
+    verify_curve(model.session)
+    (path,) = (cache_dir() / "curves").iterdir()
+    before = path.read_bytes()
+    path.unlink()
+    tight = load(model.artifact.directory, context=3)
+    got, result = tokens(tight, "A", open_speculation(tight, "ngram", exact=True))
+    assert got == tokens(model, "A", limit=2)[0]
+    assert result.context_full
+    assert json.loads(path.read_bytes())["widths"] == json.loads(before)["widths"]
+
+
 def test_the_curve_is_of_what_runs_take(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of n rows behind d tokens take 10 + n + n d / 1000 by this clock, and sometimes a lot more."""
     now, runs = 0.0, 0
