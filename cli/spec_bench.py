@@ -95,7 +95,7 @@ def _compare(model: "Model", prompts: list[tuple[str, str]], options: SpecOption
     from dsopt.runtime.drafters.choice import open_speculation
     from dsopt.runtime.spec_measure import compare
 
-    speculation = open_speculation(model, options.kind, exact=options.exact, measuring=note_measuring)
+    speculation = open_speculation(model, options.kind, exact=options.exact, measuring=note_measuring, fresh_curve=True)
     if speculation is None or speculation.drafter is None:
         raise UsageError("--spec none compares nothing; give ngram, auto or the directory of a compiled model")
     reference = open_speculation(model, "none", exact=True) if speculation.widths else None
@@ -202,7 +202,7 @@ def _print_prospects(model: "Model", options: SpecOptions) -> Iterator[str]:
 
     assert options.accept is not None
     drafter = open_drafter(options.kind, model, Sampling())
-    curve = verify_curve(model.session, note_measuring)
+    curve = verify_curve(model.session, note_measuring, fresh=True)
     records = [_prospect(p, options.accept) for p in prospects(curve, options.accept, drafter, model)]
     if options.output == "md":
         titles = ["drafted", "draft ms", "verify ms", "break-even tokens", f"tokens at {options.accept:g}", "speedup"]

@@ -69,17 +69,15 @@ class VerifyCurve:
         return shallow, max(deep - shallow, 0.0) / (self.deep - self.depth)
 
 
-def verify_curve(session: Session, measuring: Callable[[], None] = lambda: None) -> VerifyCurve:
+def verify_curve(session: Session, measuring: Callable[[], None] = lambda: None, *, fresh: bool = False) -> VerifyCurve:
     """Of this model, machine and number of threads: measured in two seconds, once, and kept in the user's cache.
 
-    `measuring` is called before it is measured.
+    `measuring` is called before it is measured; `fresh` measures it anew.
     """
     path = _path(session)
-    try:
-        raw = json.loads(path.read_bytes())
-        return VerifyCurve(**{name: tuple(v) if isinstance(v, list) else int(v) for name, v in raw.items()})  # type: ignore[arg-type]
-    except (OSError, ValueError, TypeError, AttributeError):
-        pass  # never measured, or a damaged entry: measure
+    known = None if fresh else _read(path)
+    if known is not None:
+        return known
     measuring()
     curve = measure_curve(session)
     try:
@@ -87,6 +85,15 @@ def verify_curve(session: Session, measuring: Callable[[], None] = lambda: None)
     except OSError:
         return curve  # a read-only cache costs two seconds next time, nothing else
     return curve
+
+
+def _read(path: Path) -> VerifyCurve | None:
+    """None where it was never measured, or the entry is damaged."""
+    try:
+        raw = json.loads(path.read_bytes())
+        return VerifyCurve(**{name: tuple(v) if isinstance(v, list) else int(v) for name, v in raw.items()})  # type: ignore[arg-type]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def measure_curve(session: Session, budget: float = _BUDGET) -> VerifyCurve:

@@ -131,7 +131,7 @@ class _Pace:
     """How much slower than the curve runs are now: all of them, and each width against all."""
 
     def __init__(self) -> None:
-        self._all = 1.0
+        self._all, self._seen = 1.0, 0
         self._widths: dict[int, float] = {}
 
     def of(self, width: int) -> float:
@@ -140,7 +140,8 @@ class _Pace:
     def observe(self, width: int, ratio: float) -> None:
         """`ratio`: what a run took against what was expected."""
         ratio = min(max(ratio, 0.5), 2.0)  # one hiccup says little
-        self._all *= ratio ** (_RATE / 2)
+        self._seen += 1
+        self._all *= ratio ** max(_RATE / 2, 1 / (self._seen + 1))  # the machine may be another one than it was
         self._widths[width] = self._widths.get(width, 1.0) * ratio ** (_RATE / 2)
 
 
