@@ -11,7 +11,7 @@ _SURE = 0.8
 
 
 class ChainDrafter:
-    """All follow the sequence. The last one drafts where none before it is sure, else the first; cheap ones come first."""
+    """All follow the sequence; cheap ones stand first. The last one drafts where none before it is sure."""
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         self._drafters = tuple(drafters)

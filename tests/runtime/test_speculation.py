@@ -180,7 +180,7 @@ def test_exactness_is_the_default_where_it_costs_little(model: Model, monkeypatc
     for second, wanted in ((1.04, (2, 3)), (1.2, ())):
         seconds = (1.0, second, 1.5)
         known = VerifyCurve((1, 2, 3), 0, seconds, 1, seconds, (2, 3))
-        monkeypatch.setattr("dsopt.runtime.drafters.choice.verify_curve", lambda *_, known=known: known)
+        monkeypatch.setattr("dsopt.runtime.drafters.choice.verify_curve", lambda *_, known=known, **__: known)
         assert open_speculation(model, "ngram").widths == wanted
         assert open_speculation(model, "ngram", exact=True).widths == (2, 3)
         assert open_speculation(model, "ngram", exact=False).widths == ()
