@@ -51,6 +51,8 @@ class SpecOptions:
     def __post_init__(self) -> None:
         if (self.prompts is None) == (self.accept is None):
             raise UsageError("--spec needs --prompts FILE.jsonl to answer, or --synthetic-accept R to reckon with")
+        if self.accept is not None and self.exact is not None:
+            raise UsageError("--exact and --no-exact need --prompts; --synthetic-accept reckons with plain runs")
         if self.accept is not None and not 0 <= self.accept <= 1:
             raise UsageError(f"--synthetic-accept is {self.accept}; a probability from 0 to 1")
         if self.tokens < 2:

@@ -14,7 +14,7 @@ from dsopt.runtime.drafters import Draft
 MOST = 31  # tokens of a draft: the verify curve ends at 32 rows
 _MARGIN = 1.02  # how much better than plain decoding a draft must promise to be
 _LOSS = 0.015  # share of the time that speculation may have lost, and plain steps that it may lose on top,
-_GRANT, _FREE_GRANT = 2.0, 1.0  # fewer where drafts are free: what copies the text learns without trying
+_GRANT, _FREE_GRANT = 2.0, 0.6  # fewer where drafts are free: what copies the text learns without trying
 _WON = 6.0  # plain steps won that may be lost again before anyone looks
 _RATE = 0.1  # weight of the newest observation in a running mean
 _SURVIVAL = 0.75  # of a draft's tokens, each given those before it, until counted
