@@ -51,6 +51,8 @@ class SpecOptions:
     def __post_init__(self) -> None:
         if (self.prompts is None) == (self.accept is None):
             raise UsageError("--spec needs --prompts FILE.jsonl to answer, or --synthetic-accept R to reckon with")
+        if self.accept is not None and self.exact is not None:
+            raise UsageError("--exact and --no-exact need --prompts; --synthetic-accept reckons with plain runs")
         if self.accept is not None and not 0 <= self.accept <= 1:
             raise UsageError(f"--synthetic-accept is {self.accept}; a probability from 0 to 1")
         if self.tokens < 2:
@@ -95,7 +97,7 @@ def _compare(model: "Model", prompts: list[tuple[str, str]], options: SpecOption
     from dsopt.runtime.drafters.choice import open_speculation
     from dsopt.runtime.spec_measure import compare
 
-    speculation = open_speculation(model, options.kind, exact=options.exact, measuring=note_measuring)
+    speculation = open_speculation(model, options.kind, exact=options.exact, measuring=note_measuring, fresh_curve=True)
     if speculation is None or speculation.drafter is None:
         raise UsageError("--spec none compares nothing; give ngram, auto or the directory of a compiled model")
     reference = open_speculation(model, "none", exact=True) if speculation.widths else None
@@ -202,7 +204,7 @@ def _print_prospects(model: "Model", options: SpecOptions) -> Iterator[str]:
 
     assert options.accept is not None
     drafter = open_drafter(options.kind, model, Sampling())
-    curve = verify_curve(model.session, note_measuring)
+    curve = verify_curve(model.session, note_measuring, fresh=True)
     records = [_prospect(p, options.accept) for p in prospects(curve, options.accept, drafter, model)]
     if options.output == "md":
         titles = ["drafted", "draft ms", "verify ms", "break-even tokens", f"tokens at {options.accept:g}", "speedup"]

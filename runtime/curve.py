@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from dsopt.runtime.artifact import GRAPH, WEIGHTS
 from dsopt.runtime.decoder import prefill
 from dsopt.runtime.files import cache_dir, write_atomically
+from dsopt.runtime.kv import KvCache
 from dsopt.runtime.machine import cpu_name
 from dsopt.runtime.session import Binding, Session, ort_version
 
@@ -68,17 +69,15 @@ class VerifyCurve:
         return shallow, max(deep - shallow, 0.0) / (self.deep - self.depth)
 
 
-def verify_curve(session: Session, measuring: Callable[[], None] = lambda: None) -> VerifyCurve:
+def verify_curve(session: Session, measuring: Callable[[], None] = lambda: None, *, fresh: bool = False) -> VerifyCurve:
     """Of this model, machine and number of threads: measured in two seconds, once, and kept in the user's cache.
 
-    `measuring` is called before it is measured.
+    `measuring` is called before it is measured; `fresh` measures it anew.
     """
     path = _path(session)
-    try:
-        raw = json.loads(path.read_bytes())
-        return VerifyCurve(**{name: tuple(v) if isinstance(v, list) else int(v) for name, v in raw.items()})  # type: ignore[arg-type]
-    except (OSError, ValueError, TypeError, AttributeError):
-        pass  # never measured, or a damaged entry: measure
+    known = None if fresh else _read(path)
+    if known is not None:
+        return known
     measuring()
     curve = measure_curve(session)
     try:
@@ -88,16 +87,26 @@ def verify_curve(session: Session, measuring: Callable[[], None] = lambda: None)
     return curve
 
 
+def _read(path: Path) -> VerifyCurve | None:
+    """None where it was never measured, or the entry is damaged."""
+    try:
+        raw = json.loads(path.read_bytes())
+        return VerifyCurve(**{name: tuple(v) if isinstance(v, list) else int(v) for name, v in raw.items()})  # type: ignore[arg-type]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
 def measure_curve(session: Session, budget: float = _BUDGET) -> VerifyCurve:
     """Time runs of every width in turn, so that a slow moment meets them all; takes about `budget` seconds, more
     where a model needs it for three runs of each."""
-    binding = session.bind(session.new_cache())
-    depth, deep = min(_SHALLOW, session.context // 4), min(_DEEP, session.context // 2)
-    ids = np.random.default_rng(0).integers(session.vocab_size, size=2 * session.context)
+    context = session.artifact.manifest.model["context_length"]  # whatever --ctx is: the curve is kept for all
+    binding = session.bind(KvCache(session.layers, context))
+    depth, deep = min(_SHALLOW, context // 4), min(_DEEP, context // 2)
+    ids = np.random.default_rng(0).integers(session.vocab_size, size=_SHALLOW + WIDTHS[-1])
     prefill(binding, ids[:depth].tolist())
     step = min(_time(binding, 1, depth) for _ in range(2))
     slow = step * 2 * sum(WIDTHS) / 8 * (_LEAST + 1) > 4 * budget  # 8 rows are guessed to cost 2 steps
-    widths = tuple(width for width in (_FEW if slow else WIDTHS) if width <= max(session.context // 4, 2))
+    widths = tuple(width for width in (_FEW if slow else WIDTHS) if width <= max(context // 4, 2))
     times: dict[tuple[int, int], list[float]] = {(width, depth): [] for width in widths}
     times |= {(width, deep): [] for width in (1, widths[-1])}
     started = time.perf_counter()

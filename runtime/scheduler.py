@@ -14,7 +14,7 @@ from dsopt.runtime.drafters import Draft
 MOST = 31  # tokens of a draft: the verify curve ends at 32 rows
 _MARGIN = 1.02  # how much better than plain decoding a draft must promise to be
 _LOSS = 0.015  # share of the time that speculation may have lost, and plain steps that it may lose on top,
-_GRANT, _FREE_GRANT = 2.0, 1.0  # fewer where drafts are free: what copies the text learns without trying
+_GRANT, _FREE_GRANT = 2.0, 0.6  # fewer where drafts are free: what copies the text learns without trying
 _WON = 6.0  # plain steps won that may be lost again before anyone looks
 _RATE = 0.1  # weight of the newest observation in a running mean
 _SURVIVAL = 0.75  # of a draft's tokens, each given those before it, until counted
@@ -131,7 +131,7 @@ class _Pace:
     """How much slower than the curve runs are now: all of them, and each width against all."""
 
     def __init__(self) -> None:
-        self._all = 1.0
+        self._all, self._seen = 1.0, 0
         self._widths: dict[int, float] = {}
 
     def of(self, width: int) -> float:
@@ -140,7 +140,8 @@ class _Pace:
     def observe(self, width: int, ratio: float) -> None:
         """`ratio`: what a run took against what was expected."""
         ratio = min(max(ratio, 0.5), 2.0)  # one hiccup says little
-        self._all *= ratio ** (_RATE / 2)
+        self._seen += 1
+        self._all *= ratio ** max(_RATE / 2, 1 / (self._seen + 1))  # the machine may be another one than it was
         self._widths[width] = self._widths.get(width, 1.0) * ratio ** (_RATE / 2)
 
 

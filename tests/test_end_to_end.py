@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from toy import Forced
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from dsopt.compiler import build
@@ -15,10 +16,13 @@ from dsopt.compiler.checkpoint import Checkpoint, open_checkpoint
 from dsopt.compiler.recipe import Recipe
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.decoder import decode
+from dsopt.runtime.drafters.ngram import NgramDrafter
 from dsopt.runtime.model import Model
+from dsopt.runtime.speculate import Speculation
 
 # Its first token leads by 1.5 logits; asked more shortly, this small model nearly answers in French.
 QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+REPEAT = [{"role": "user", "content": "Repeat: the cat sat on the mat, the cat sat on the mat, the cat sat"}]
 NAMES = {
     **{"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj"},
     **{f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"},
@@ -68,6 +72,17 @@ def test_float_logits_are_those_of_transformers(
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-4)
 
 
+def assert_exact(model: Model) -> None:
+    """In exact mode the logits are the same, bit for bit, whatever is drafted."""
+    answers = []
+    for drafter in (None, NgramDrafter()):
+        speculation = Speculation(drafter, Forced(), (2, 4, 8))
+        answers.append(list(model.stream(model.prompt(REPEAT), limit=40, top=3, speculation=speculation)))
+    plain, drafted = answers
+    assert [(piece.step.token, piece.step.top) for piece in plain] == [(p.step.token, p.step.top) for p in drafted]
+    assert any(piece.step.from_draft for piece in drafted)
+
+
 def test_eight_bits_answer_a_question(smollm2: Checkpoint, tmp_path: Path, exported_once: None) -> None:
     model = compiled(smollm2, "int8", tmp_path / "int8")
     artifact, session = model.artifact, model.session
@@ -79,6 +94,7 @@ def test_eight_bits_answer_a_question(smollm2: Checkpoint, tmp_path: Path, expor
         end=model.end,
     )
     assert model.tokenizer.decode([step.token for step in steps]) == "The capital of France is Paris."
+    assert_exact(model)
     # A quarter of the float weights: a byte a weight, and a scale for each 32.
     assert artifact.size < 1.2 * artifact.manifest.model["parameters"] * (1 + 4 / 32)
     assert json.loads((artifact.directory / "genai_config.json").read_text())["model"]["type"] == "llama"

@@ -61,6 +61,18 @@ def test_batch(run: Callable[..., subprocess.CompletedProcess[str]], tiny_artifa
     assert [answer["prompt"] for answer in answers] == (SAMPLES / "prompts.txt").read_text().splitlines()
 
 
+def test_editing(run: Callable[..., subprocess.CompletedProcess[str]], compile_tiny: Callable[..., Path]) -> None:
+    """Prompts for `dsopt bench --spec ngram`."""
+    artifact = compile_tiny("none", max_position_embeddings=100_000)
+    done = run(
+        *("dsopt", "bench", artifact, "--spec", "ngram", "--prompts", SAMPLES / "editing.jsonl", "-n", 4, "-o", "jsonl")
+    )
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(row["category"], row["prompts"]) for row in rows] == [
+        *(("edit", 6), ("summarise", 3), ("extract", 3), ("overall", 12)),
+    ]
+
+
 def test_stream(run: Callable[..., subprocess.CompletedProcess[str]], tiny_artifact: Path) -> None:
     assert "of the prompt from the cache" in run(sys.executable, SAMPLES / "stream.py", tiny_artifact).stdout
 

@@ -11,7 +11,7 @@ _SURE = 0.8
 
 
 class ChainDrafter:
-    """All follow the sequence. The last one drafts where none before it is sure; cheap ones stand first."""
+    """All follow the sequence; cheap ones stand first. The last one drafts where none before it is sure."""
 
     def __init__(self, drafters: Sequence[Drafter]) -> None:
         self._drafters = tuple(drafters)
@@ -27,8 +27,10 @@ class ChainDrafter:
             drafter.accept(tokens, hidden[:, own] if hidden is not None and own else None)
 
     def draft(self, anchor: int, limit: int) -> Draft:
-        for drafter in self._drafters[:-1]:
+        unsure = Draft()
+        for drafter in self._drafters:
             draft = drafter.draft(anchor, limit)
-            if draft.survival and draft.survival[0] >= _SURE:
+            if draft.tokens and (drafter is self._drafters[-1] or (draft.survival and draft.survival[0] >= _SURE)):
                 return draft
-        return self._drafters[-1].draft(anchor, limit)
+            unsure = unsure if unsure.tokens else draft
+        return unsure

@@ -25,18 +25,20 @@ def open_speculation(
     exact: bool | None = None,
     sampling: Sampling | None = None,
     measuring: Callable[[], None] = lambda: None,
+    fresh_curve: bool = False,
 ) -> Speculation | None:
     """Speculation for one sequence at a time of `model`; None for plain decoding.
 
     `exact` None: where there is a drafter and exactness costs under 5 %. `measuring` is called before the verify
-    curve is measured, which takes two seconds the first time. Raises DsoptError where a drafter cannot be used.
+    curve is measured, which takes two seconds the first time, or with `fresh_curve`. Raises DsoptError where a
+    drafter cannot be used.
     """
     if exact:
         check_exact(model.artifact)
     drafter = open_drafter(kind, model, sampling or Sampling())
     if drafter is None and not exact:
         return None
-    curve = verify_curve(model.session, measuring)
+    curve = verify_curve(model.session, measuring, fresh=fresh_curve)
     widths = exact_widths(curve)
     cost = exact_cost(curve, widths)
     if exact is None:

@@ -153,6 +153,7 @@ def test_a_made_up_acceptance_shows_where_it_pays(bench: Callable[..., str], tin
         (["--spec", "ngram"], "--spec needs --prompts FILE.jsonl"),
         (["--spec", "ngram", "--prompts", "x", "--synthetic-accept", "1"], "--spec needs --prompts FILE.jsonl"),
         (["--spec", "ngram", "--synthetic-accept", "1.5"], "--synthetic-accept is 1.5"),
+        (["--spec", "ngram", "--synthetic-accept", "0.5", "--exact"], "--exact and --no-exact need --prompts"),
         (["--prompts", "x"], "need --spec KIND"),
         (["--spec", "ngram", "--prompts", "x", "-p", "8"], "-p, -pg, -d and -r are of llama-bench's tests"),
         (["--spec", "ngram", "--prompts", "x", "-n", "8,9"], "-n is '8,9'; one number with --spec"),

@@ -1,11 +1,14 @@
 """Speculation on real graphs: tiny random models as target and as drafter, the verify curve, exact mode."""
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 from toy import Forced, curve
 
@@ -180,7 +183,7 @@ def test_exactness_is_the_default_where_it_costs_little(model: Model, monkeypatc
     for second, wanted in ((1.04, (2, 3)), (1.2, ())):
         seconds = (1.0, second, 1.5)
         known = VerifyCurve((1, 2, 3), 0, seconds, 1, seconds, (2, 3))
-        monkeypatch.setattr("dsopt.runtime.drafters.choice.verify_curve", lambda *_, known=known: known)
+        monkeypatch.setattr("dsopt.runtime.drafters.choice.verify_curve", lambda *_, known=known, **__: known)
         assert open_speculation(model, "ngram").widths == wanted
         assert open_speculation(model, "ngram", exact=True).widths == (2, 3)
         assert open_speculation(model, "ngram", exact=False).widths == ()
@@ -202,6 +205,18 @@ def test_the_curve_is_measured_once_for_a_model_a_machine_and_its_threads(
     monkeypatch.setattr(model.session, "threads", 99)
     verify_curve(model.session, lambda: measured.append(4))
     assert measured[-1] == 4
+
+
+def test_a_tight_context_changes_neither_curve_nor_tokens(model: Model) -> None:
+    verify_curve(model.session)
+    (path,) = (cache_dir() / "curves").iterdir()
+    before = path.read_bytes()
+    path.unlink()
+    tight = load(model.artifact.directory, context=3)
+    got, result = tokens(tight, "A", open_speculation(tight, "ngram", exact=True))
+    assert got == tokens(model, "A", limit=2)[0]
+    assert result.context_full
+    assert json.loads(path.read_bytes())["widths"] == json.loads(before)["widths"]
 
 
 def test_the_curve_is_of_what_runs_take(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,8 +260,6 @@ def test_drafters_are_named_or_refused(model: Model, compile_tiny: Callable[...,
 
 
 def test_auto_takes_what_was_compiled_with_the_model(compile_tiny: Callable[..., Path]) -> None:
-    import shutil
-
     target, draft = compile_tiny("none"), compile_tiny("int8")
     shutil.copytree(draft, target / "draft-self")
     manifest = json.loads((target / "dsopt.json").read_text())
@@ -257,6 +270,56 @@ def test_auto_takes_what_was_compiled_with_the_model(compile_tiny: Callable[...,
     got, result = tokens(model, "A", Speculation(drafter, Forced()))
     assert got == tokens(model, "A")[0]
     assert result.speculation.tally.accepted > 0
+
+
+@pytest.fixture(scope="module")
+def tapped(tiny_artifact: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """The tiny model with the input of its second attention norm's sum as `tap.0`: the output of layer 0."""
+    folder = tmp_path_factory.mktemp("tapped") / "artifact"
+    shutil.copytree(tiny_artifact, folder)
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    sums = [node for node in graph.graph.node if node.op_type == "SkipSimplifiedLayerNormalization"]
+    graph.graph.node.append(onnx.helper.make_node("Identity", [sums[1].output[3]], ["tap.0"]))
+    graph.graph.output.append(onnx.helper.make_tensor_value_info("tap.0", 1, ["batch", "sequence", 32]))
+    data = graph.SerializeToString()
+    (folder / "model.onnx").write_bytes(data)
+    manifest = json.loads((folder / "dsopt.json").read_text())
+    manifest["files"]["model.onnx"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (folder / "dsopt.json").write_text(json.dumps(manifest))
+    return load(folder)
+
+
+@pytest.mark.parametrize("widths", [(), (2, 4, 8)])
+def test_a_drafter_with_taps_sees_the_hidden_states_of_every_token(
+    tapped: Model, widths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsopt.runtime.session.PREFILL_CHUNK", 16)
+
+    class Seeing(NgramDrafter):
+        taps = (0,)
+
+        def begin(self) -> None:
+            super().begin()
+            self.seen: list[tuple[list[int], np.ndarray]] = []
+
+        def accept(self, tokens: list[int], hidden: np.ndarray) -> None:
+            super().accept(tokens, hidden)
+            assert hidden.shape == (len(tokens), 1, 32)
+            self.seen.append((list(tokens), hidden))
+
+    drafter, state, prompt = Seeing(), tapped.new_state(), tapped.encode("a b c a b c a b c " * 3)
+    list(tapped.stream(prompt[:20], limit=0, state=state))  # a cached prefix, which the drafter has not seen
+    stream = tapped.stream(prompt, limit=60, state=state, speculation=Speculation(drafter, Forced(2), widths))
+    answer = [piece.step.token for piece in stream]
+    assert stream.result.cached_tokens == 0
+    assert stream.result.speculation.tally.accepted > 0
+    assert answer == [piece.step.token for piece in tapped.stream(prompt, limit=60)]
+    text = [token for tokens, _ in drafter.seen for token in tokens]
+    assert text == [*prompt, *answer][: len(text)]
+    assert len(text) > len(prompt) + 45  # all but the last round
+    whole = tapped.session.bind(tapped.session.new_cache(), (0,))
+    whole.run(np.array(text))
+    np.testing.assert_allclose(np.concatenate([h for _, h in drafter.seen]), whole.hidden, atol=1e-4)
 
 
 def test_taps_that_the_graph_lacks_are_told(model: Model) -> None:
