@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,12 @@ class Plan:
     model: ir.Model
     manifest: Manifest
     files: Mapping[str, bytes]
+    drafts: Mapping[str, "Plan"] = field(default_factory=dict)  # smaller models to draft for this one, by directory
 
     @property
     def nbytes(self) -> int:
         """Size of the weights on disk."""
-        return package.stored_bytes(self.model)
+        return package.stored_bytes(self.model) + sum(draft.nbytes for draft in self.drafts.values())
 
 
 def plan(
@@ -100,10 +101,19 @@ def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) ->
     with package.written_aside(out) as aside:
         package.write_graph(plan.model, aside, progress)
         package.write_texts(aside, plan.files)
+        inner = {name: write(draft, aside / name, progress=progress) for name, draft in plan.drafts.items()}
         manifest = dataclasses.replace(plan.manifest, files=package.describe_files(aside))
         package.seal(aside, manifest)
     package.remember_hashes(out, manifest)
+    for name, made in inner.items():
+        package.remember_hashes(out / name, made)
     return manifest
+
+
+def add_draft(plan: Plan, name: str, draft: Plan) -> Plan:
+    """The plan with another one to be written to the directory `name` inside, as a drafter."""
+    manifest = dataclasses.replace(plan.manifest, drafters=(*plan.manifest.drafters, name))
+    return dataclasses.replace(plan, manifest=manifest, drafts={**plan.drafts, name: draft})
 
 
 def _check_names(checkpoint: Checkpoint, config: Any) -> None:

@@ -135,11 +135,11 @@ def write_texts(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of each file written, for the manifest."""
+    """Size and hash of each file written, for the manifest. Directories have manifests of their own."""
     return {
         path.name: {"bytes": path.stat().st_size, "sha256": hash_content(path)}
         for path in sorted(directory.iterdir())
-        if path.name != MANIFEST
+        if path.name != MANIFEST and path.is_file()
     }
 
 

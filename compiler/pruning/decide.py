@@ -17,7 +17,7 @@ from dsopt.compiler.pruning.depth import choose_removals
 from dsopt.compiler.pruning.obs import eliminate
 from dsopt.compiler.pruning.options import Pruning
 from dsopt.compiler.pruning.refit import HELD_OUT, Fit, Loss, Streams, refit_sublayers
-from dsopt.compiler.pruning.sensitivity import measure_sensitivity, token_sizes
+from dsopt.compiler.pruning.sensitivity import measure_sensitivity
 from dsopt.compiler.pruning.stream import Stream, Sublayer, batches, divergence
 from dsopt.compiler.pruning.tensors import spill
 from dsopt.compiler.pruning.widths import BLOCK, Removal, allocate, group_sizes
@@ -102,14 +102,14 @@ class _Decision:
         for name, count in (("layers", self.pruning.layers), ("blocks", self.pruning.blocks)):
             if not count:
                 continue
-            chosen = choose_removals(
+            chosen, after = choose_removals(
                 self.stream, x, dense[: len(x)], estimates, count,
                 whole=name == "layers", removed=self.removed, weigh=self.stream.parameters,
             )  # fmt: skip
-            self.removed = self.removed.union(*(group for group, _ in chosen))
+            self.removed = self.removed.union(*chosen)
             before = self.steps.get("layers", {}).get("kld", 0.0)
-            gone = [min(group).layer if name == "layers" else str(min(group)) for group, _ in chosen]
-            self.steps[name] = {"removed": gone, "kld": chosen[-1][1] - before}
+            gone = [min(group).layer if name == "layers" else str(min(group)) for group in chosen]
+            self.steps[name] = {"removed": gone, "kld": after - before}
 
     def _remove_channels(self) -> None:
         """Curves of error over width from the dense stream, then widths; which channels go is chosen at the repair."""
@@ -117,13 +117,17 @@ class _Decision:
         most = min(1.0, 3 * self.pruning.ffn)
         for sublayer in self.stream.sublayers:
             weight = self.stream.weight(sublayer)
+            features, added = map(
+                torch.cat, zip(*(self.stream.run(sublayer, part) for part in batches(x)), strict=True)
+            )
+            x = x + added
             if sublayer.mlp and sublayer not in self.removed:
-                gram = _gram(self.stream, sublayer, x)
+                h = (features * self.felt[sublayer].weigh(x).sqrt()).flatten(0, 1)
+                gram = (h.T @ h).double() / len(h)
                 width += len(gram)
                 groups = eliminate(gram, weight, self.felt[sublayer].metric, group_sizes(len(gram)))
                 groups = itertools.islice(groups, max(1, round(most * len(gram) / BLOCK)))
                 curves[sublayer.layer] = [Removal(channels, cost / 2) for channels, cost in groups]
-            x = self.stream.advance(sublayer, x)
         taken = allocate(curves, round(self.pruning.ffn * width))
         for layer, count in taken.items():
             if channels := sum(len(removal.channels) for removal in curves[layer][:count]):
@@ -163,14 +167,3 @@ class _Decision:
         config = self.stream.config
         unit = config.num_attention_heads // config.num_key_value_heads * config.head_dim
         return (kept[::unit] // unit).numpy()
-
-
-def _gram(stream: Stream, sublayer: Sublayer, x: Tensor) -> Tensor:
-    """Mean of h h' over tokens in units of their size, float64 [F, F]."""
-    total: Tensor | float = 0.0
-    for part in batches(x):
-        features, added = stream.run(sublayer, part)
-        h = (features / token_sizes(part + added)).flatten(0, 1)
-        total = total + (h.T @ h).double()
-    assert isinstance(total, Tensor)
-    return total / (x.shape[0] * x.shape[1])

@@ -3,8 +3,7 @@
 Two streams run side by side, dense and pruned. The last linear layer of each sublayer that stays is fitted by least
 squares to the dense stream's hidden states before the next one that stays, so that it takes over what removed channels
 and removed sublayers behind it added (as ReplaceMe, arXiv:2505.02819, merges a linear map into down_proj; here the
-whole matrix is free) and corrects what went wrong before. Tokens count by their error in units of their size, which is
-what norms let through.
+whole matrix is free) and corrects what went wrong before. Tokens count by what an error there costs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dsopt.compiler.pruning.obs import DAMP, eliminate, eliminate_units, refit
-from dsopt.compiler.pruning.sensitivity import Sensitivity, token_sizes
+from dsopt.compiler.pruning.sensitivity import Sensitivity
 from dsopt.compiler.pruning.stream import Stream, Sublayer
 from dsopt.compiler.pruning.widths import group_sizes
 
@@ -47,9 +46,9 @@ class Statistics:
         self.cross = torch.zeros(2, hidden, features, dtype=torch.float64)
         self.tokens = 0
 
-    def add(self, features: Tensor, residual: Tensor, sizes: Tensor, held_out: bool) -> None:
-        """features [b, s, F], the residual [b, s, D] that they should explain, `sizes` [b, s, 1] of hidden states."""
-        h, r = ((x / sizes).flatten(0, 1) for x in (features, residual))
+    def add(self, features: Tensor, residual: Tensor, weights: Tensor, held_out: bool) -> None:
+        """features [b, s, F], the residual [b, s, D] that they should explain, `weights` [b, s, 1] of the tokens."""
+        h, r = ((x * weights.sqrt()).flatten(0, 1) for x in (features, residual))
         self.gram[int(held_out)] += h.T @ h
         self.cross[int(held_out)] += r.T @ h
         self.tokens += len(h)
@@ -87,7 +86,7 @@ def refit_sublayers(
         if states.pruned is states.dense and sublayer not in losses and end == start + 1:
             states.pruned = target
         else:
-            fit, states.pruned = _fit(stream, sublayer, states, target, losses.get(sublayer), felt[sublayer].metric)
+            fit, states.pruned = _fit(stream, sublayer, states, target, losses.get(sublayer), felt[sublayer])
             yield sublayer, fit
         states.dense = target
 
@@ -98,17 +97,17 @@ def _fit(
     states: Streams,
     target: Tensor,
     loss: Loss | None,
-    metric: Tensor,
+    felt: Sensitivity,
 ) -> tuple[Fit, Tensor]:
-    weight, sizes = stream.weight(sublayer), token_sizes(target)
+    weight, weights = stream.weight(sublayer), felt.weigh(target)
     statistics = Statistics(weight.shape[1], weight.shape[0])
     features: list[Tensor] = []
-    for number, (x, wanted, size) in enumerate(zip(*map(_windows, (states.pruned, target, sizes)), strict=True)):
+    for number, (x, wanted, weighed) in enumerate(zip(*map(_windows, (states.pruned, target, weights)), strict=True)):
         h, out = stream.run(sublayer, x)
-        statistics.add(h, wanted - x - out, size, number % HELD_OUT == HELD_OUT - 1)
+        statistics.add(h, wanted - x - out, weighed, number % HELD_OUT == HELD_OUT - 1)
         features.append(h)
-    gone, cost = _choose(statistics.mean_gram(), weight, metric, loss)
-    fitted, kept = solve(statistics, weight, metric, gone)
+    gone, cost = _choose(statistics.mean_gram(), weight, felt.metric, loss)
+    fitted, kept = solve(statistics, weight, felt.metric, gone)
     new = [h[..., kept] @ fitted.T for h in features]
     return Fit(kept if len(gone) else None, fitted, cost), states.pruned + torch.cat(new)
 

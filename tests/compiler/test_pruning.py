@@ -161,7 +161,8 @@ def test_sensitivity_predicts_the_divergence(tiny_llama_dir: Callable[..., Path]
         changed = stream.advance(step, changed)
     p, q = head(final).log_softmax(-1), head(changed).log_softmax(-1)
     measured = float((p.exp() * (p - q)).sum(-1).mean())
-    predicted = float(found[sublayer].metric.trace()) * 0.02**2 / 2
+    weights = found[sublayer].weigh(states[at + 1])
+    predicted = float((weights * (noise @ found[sublayer].metric.float() * noise).sum(-1, keepdim=True)).mean()) / 2
     assert predicted == pytest.approx(measured, rel=0.35)
 
 
