@@ -146,7 +146,9 @@ def test_a_reference_gives_the_rows_asked_for(tiny_llama_dir: Callable[..., Path
     assert told[-1][0] == told[-1][1] == sum(tensor.nbytes for tensor in checkpoint.tensors.values())
 
 
-def test_text_by_bytes_across_vocabularies(compare: Run, compile_tiny: Callable[..., Path], tiny_artifact: Path) -> None:
+def test_text_by_bytes_across_vocabularies(
+    compare: Run, compile_tiny: Callable[..., Path], tiny_artifact: Path
+) -> None:
     """The tokens are the same here, so the ratio must be that of a comparison by tokens, rows added or not."""
     larger = compile_tiny("none", vocab_size=336, seed=1)
     same = compile_tiny("none", seed=1)
