@@ -14,7 +14,7 @@ from torch import Tensor
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.checkpoint import Tensor as Weight
 from dsopt.compiler.pruning.depth import choose_removals
-from dsopt.compiler.pruning.obs import eliminate
+from dsopt.compiler.pruning.obs import eliminate, known_damp
 from dsopt.compiler.pruning.options import Pruning
 from dsopt.compiler.pruning.refit import HELD_OUT, Fit, Loss, Streams, refit_sublayers
 from dsopt.compiler.pruning.sensitivity import measure_sensitivity
@@ -125,7 +125,8 @@ class _Decision:
                 h = (features * self.felt[sublayer].weigh(x).sqrt()).flatten(0, 1)
                 gram = (h.T @ h).double() / len(h)
                 width += len(gram)
-                groups = eliminate(gram, weight, self.felt[sublayer].metric, group_sizes(len(gram)))
+                damp = known_damp(len(gram), len(h))
+                groups = eliminate(gram, weight, self.felt[sublayer].metric, group_sizes(len(gram)), damp)
                 groups = itertools.islice(groups, max(1, round(most * len(gram) / BLOCK)))
                 curves[sublayer.layer] = [Removal(channels, cost / 2) for channels, cost in groups]
         taken = allocate(curves, round(self.pruning.ffn * width))

@@ -1,9 +1,10 @@
 """Repair without training: last weights refitted in order, each on what the pruned model before it really gives.
 
-Two streams run side by side, dense and pruned. The last linear layer of each sublayer that stays is fitted by least
-squares to the dense stream's hidden states before the next one that stays, so that it takes over what removed channels
-and removed sublayers behind it added (as ReplaceMe, arXiv:2505.02819, merges a linear map into down_proj; here the
-whole matrix is free) and corrects what went wrong before. Tokens count by what an error there costs.
+Two streams run side by side, dense and pruned. The last linear layer of a sublayer that loses features, or behind which
+sublayers were removed, is fitted by least squares to the dense stream's hidden states before the next one that stays,
+so that it takes over what is gone (as ReplaceMe, arXiv:2505.02819, merges a linear map into down_proj; here the whole
+matrix is free). Layers that lose nothing are left alone: fitted to correct the errors before them they gained 0.1 % on
+held-out text, on a model of 135 million weights. Tokens count by what an error there costs.
 """
 
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsopt.compiler.pruning.obs import eliminate, eliminate_units, refit
+from dsopt.compiler.pruning.obs import eliminate, eliminate_units, known_damp, refit
 from dsopt.compiler.pruning.sensitivity import Sensitivity
 from dsopt.compiler.pruning.stream import Stream, Sublayer
 from dsopt.compiler.pruning.widths import group_sizes
@@ -47,7 +48,7 @@ class Statistics:
     def __init__(self, features: int, hidden: int) -> None:
         self.gram = torch.zeros(features, features, dtype=torch.float64)
         self.cross = torch.zeros(hidden, features, dtype=torch.float64)
-        self._tokens, self._held = 0, [(torch.empty(0, features), torch.empty(0, hidden))]
+        self.tokens, self._held = 0, [(torch.empty(0, features), torch.empty(0, hidden))]
 
     def add(self, features: Tensor, residual: Tensor, weights: Tensor, held_out: bool) -> None:
         """features [b, s, F], the residual [b, s, D] that they should explain, `weights` [b, s, 1] of the tokens."""
@@ -55,9 +56,9 @@ class Statistics:
         if held_out:
             self._held.append((h, r))
             return
-        before, self._tokens = self._tokens, self._tokens + len(h)
-        self.gram.mul_(before / self._tokens).add_((h.T @ h).double() / self._tokens)
-        self.cross.mul_(before / self._tokens).add_((r.T @ h).double() / self._tokens)
+        before, self.tokens = self.tokens, self.tokens + len(h)
+        self.gram.mul_(before / self.tokens).add_((h.T @ h).double() / self.tokens)
+        self.cross.mul_(before / self.tokens).add_((r.T @ h).double() / self.tokens)
 
     @property
     def held(self) -> tuple[Tensor, Tensor]:
@@ -91,8 +92,9 @@ def refit_sublayers(
         target = states.dense
         for step in order[start:end]:
             target = stream.advance(step, target)
-        if states.pruned is states.dense and sublayer not in losses and end == start + 1:
-            states.pruned = target
+        if sublayer not in losses and end == start + 1:
+            same = states.pruned is states.dense
+            states.pruned = target if same else stream.advance(sublayer, states.pruned)
         else:
             fit, states.pruned = _fit(stream, sublayer, states, target, losses.get(sublayer), felt[sublayer])
             yield sublayer, fit
@@ -114,7 +116,7 @@ def _fit(
         h, out = stream.run(sublayer, x)
         statistics.add(h, wanted - x - out, weighed, number % HELD_OUT == HELD_OUT - 1)
         features.append(h)
-    gone, cost = _choose(statistics.gram, weight, felt.metric, loss)
+    gone, cost = _choose(statistics, weight, felt.metric, loss)
     fitted, kept = solve(statistics, weight, felt.metric, gone)
     new = [h[..., kept] @ fitted.T for h in features]
     return Fit(kept if len(gone) else None, fitted, cost), states.pruned + torch.cat(new)
@@ -124,15 +126,16 @@ def _windows(x: Tensor) -> Iterator[Tensor]:
     return iter(x.split(1))
 
 
-def _choose(gram: Tensor, weight: Tensor, metric: Tensor, loss: Loss | None) -> tuple[Tensor, float]:
+def _choose(statistics: Statistics, weight: Tensor, metric: Tensor, loss: Loss | None) -> tuple[Tensor, float]:
     """(features to remove, what that costs in nats)."""
     if loss is None or not loss.count:
         return torch.empty(0, dtype=torch.int64), 0.0
+    gram, damp = statistics.gram, known_damp(weight.shape[1], statistics.tokens)
     if loss.unit > 1:
-        gone, cost = eliminate_units(gram, weight, metric, loss.unit, loss.count // loss.unit)
+        gone, cost = eliminate_units(gram, weight, metric, loss.unit, loss.count // loss.unit, damp)
         return gone, cost / 2
     parts, costs, found = [], 0.0, 0
-    for channels, cost in eliminate(gram, weight, metric, group_sizes(len(gram))):
+    for channels, cost in eliminate(gram, weight, metric, group_sizes(len(gram)), damp):
         if found >= loss.count:
             break
         parts.append(channels)
