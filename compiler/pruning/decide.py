@@ -25,8 +25,9 @@ from dsopt.runtime.errors import DsoptError
 
 Report = Callable[[str], None]
 _SCORED = 1024  # tokens on which removed blocks are judged: each candidate runs them through the rest of the model
+_FEW = 4  # where more than that is to go, every candidate is judged on half the tokens
 _FELT = 2048  # tokens of the sensitivities
-_SEEN = 4096  # tokens of the channels' first statistics, which decide the widths
+_SEEN = 8192  # tokens of the channels' first statistics, which decide the widths
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ class _Decision:
         return self.x[: max(1, tokens // self.x.shape[1])]
 
     def _remove_blocks(self, dense: Tensor) -> None:
-        x = self._some(_SCORED)
+        many = max(self.pruning.layers, self.pruning.blocks) > _FEW
+        x = self._some(_SCORED // 2 if many else _SCORED)
         estimates = {sublayer: felt.removal for sublayer, felt in self.felt.items()}
         for name, count in (("layers", self.pruning.layers), ("blocks", self.pruning.blocks)):
             if not count:

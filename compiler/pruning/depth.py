@@ -14,7 +14,7 @@ from dsopt.compiler.pruning.stream import Stream, Sublayer, divergence
 
 Group = frozenset[Sublayer]  # what goes together: the two sublayers of a layer, or one
 _FIRST, _AGAIN = 14, 6  # candidates of the first round, of the others; the number still to be removed on top
-_ROUNDS = 6  # at most: where much is to go, several leave together
+_ROUNDS = 4  # at most: where much is to go, several leave together
 
 
 def gated_divergences(stream: Stream, x: Tensor, base: Tensor, removed: Group, groups: Sequence[Group]) -> list[float]:
