@@ -36,18 +36,22 @@ def compare_command(
         int | None,
         typer.Option("-t", "--threads", help="Threads. [default: physical cores]", show_default=False),
     ] = None,
+    by_bytes: Annotated[
+        bool, typer.Option("--bytes", help="Compare text, not tokens: for models with different vocabularies.")
+    ] = False,
     output: Annotated[Literal["md", "json"], typer.Option("-o", "--output", help="Form of the output.")] = "md",
 ) -> None:
     """Print llama-perplexity's quantities: perplexity, KL divergence, right token, same top token.
 
     The text, tokenized without special tokens, is cut into windows of --ctx tokens from its start. Both
     models predict the second half of each: tokens ctx/2 to ctx-1, from all those before them in the window.
-    A checkpoint is run in float32 by PyTorch.
+    A checkpoint is run in float32 by PyTorch. With --bytes each model splits the text of BASE's windows in its own
+    way; bits a byte and the perplexity ratio by token of BASE are printed.
     """
     _check(chunks, ctx, threads)
     models = _open(base), _open(new)
-    windows = _windows(*models, text, ctx, chunks)
-    summary = _compare(models, windows, threads)
+    windows = _windows(*models, text, ctx, chunks, by_bytes=by_bytes)
+    summary = (_compare_texts if by_bytes else _compare)(models, windows, threads)
     setting = {"base": base, "new": new, "text": str(text), "ctx": ctx, "chunks": len(windows)}
     setting["scored"] = f"tokens {ctx // 2} to {ctx - 1} of each, counted from 0"
     if output == "json":
@@ -66,6 +70,25 @@ def _compare(
     with progress_bar("comparing", count=True) as progress:
         progress(0, total)
         return compare_models(base, new, windows, lambda: progress(next(done), total)).summary()
+
+
+def _compare_texts(
+    models: tuple["_Model", "_Model"], windows: "list[NDArray[np.int64]]", threads: int | None
+) -> dict[str, float]:
+    from dsopt.runtime.quality import TextModel, compare_texts
+
+    base = models[0].tokenizer
+    halves = [[base.decode(part.tolist(), skip_special=False) for part in (ids[: len(ids) // 2], ids[len(ids) // 2 :])]
+              for ids in windows]  # fmt: skip
+    # A window may begin or end inside a character; its text is then not that of its tokens.
+    pieces = [(context, scored) for context, scored in halves if "\ufffd" not in context + scored]
+    if not pieces:
+        raise DsoptError("no window of the text is whole characters; choose another --ctx")
+    texts = [TextModel(lambda text, m=m: m.tokenizer.encode(text, special=False), m.load(threads)) for m in models]  # type: ignore[misc]
+    done, total = itertools.count(1), len(pieces)
+    with progress_bar("comparing", count=True) as progress:
+        progress(0, total)
+        return compare_texts(texts[0], texts[1], pieces, lambda: progress(next(done), total))
 
 
 def _check(chunks: int | None, ctx: int, threads: int | None) -> None:
@@ -146,14 +169,16 @@ def _tokenizer(name: str, checkpoint: "Checkpoint") -> "Tokenizer":
         raise DsoptError(f"{name}: tokenizer.json is not a readable tokenizer ({error})") from error
 
 
-def _windows(base: _Model, new: _Model, text: Path, ctx: int, chunks: int | None) -> "list[NDArray[np.int64]]":
+def _windows(
+    base: _Model, new: _Model, text: Path, ctx: int, chunks: int | None, *, by_bytes: bool
+) -> "list[NDArray[np.int64]]":
     """The text in windows of `ctx` ids. Raises DsoptError where the models cannot both be asked."""
     from dsopt.runtime.quality import cut_windows
 
-    if base.vocab_size != new.vocab_size:
+    if base.vocab_size != new.vocab_size and not by_bytes:
         raise DsoptError(
             f"the vocabularies differ: {base.name} has {base.vocab_size} tokens, {new.name} has "
-            f"{new.vocab_size}; compare versions of one model"
+            f"{new.vocab_size}; compare versions of one model, or text with --bytes"
         )
     for model in (base, new):
         if ctx > model.context:
@@ -161,8 +186,8 @@ def _windows(base: _Model, new: _Model, text: Path, ctx: int, chunks: int | None
     content = _read(text)
     if chunks is not None:
         content = content[: _LONGEST_TOKEN * ctx * chunks]
-    ids = new.tokenizer.encode(content, special=False)
-    if ids != base.tokenizer.encode(content, special=False):
+    ids = base.tokenizer.encode(content, special=False)
+    if not by_bytes and ids != new.tokenizer.encode(content, special=False):
         raise DsoptError(
             f"{base.name} and {new.name} split the text into different tokens; compare versions of one model"
         )

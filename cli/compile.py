@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from dsopt.compiler.pruning.options import Pruning
     from dsopt.compiler.recipe import Recipe
     from dsopt.compiler.search import Goal
+    from dsopt.runtime.artifact import Artifact
 
 DEFAULT_LOSS = "0.01"
+SELF = "self"  # as a drafter: a pruned copy of the model
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,10 @@ def compile_command(
         str, typer.Option(help="none, or by commas: ffn=10%, layers=2, blocks=3, kv=1, vocab=FILE or FILE:TOKENS.")
     ] = "none",
     draft: Annotated[
-        str | None, typer.Option(help="Drafter to compile beside MODEL: a checkpoint of DeepSpec, directory or hub id.")
+        str | None,
+        typer.Option(
+            help="Drafter beside MODEL: self (a pruned copy), or a DeepSpec directory or hub id."
+        ),
     ] = None,
     loss: Annotated[
         str, typer.Option("--max-quality-loss", help="What auto may lose: nats (KL divergence), or N% of perplexity.")
@@ -222,7 +227,8 @@ class _Job:
         """Where the result goes unless told."""
         source = self.checkpoint.source
         if self.drafter is None:
-            return default_directory(source.name, self.text, source.sha256)
+            text = f"{self.text} {SELF}" if self.order.draft == SELF else self.text
+            return default_directory(source.name, text, source.sha256)
         both = sha256((source.sha256 + self.drafter.source.sha256).encode()).hexdigest()
         return default_directory(f"{source.name}+{self.drafter.source.name}", self.text, both)
 
@@ -230,26 +236,44 @@ class _Job:
         """Whether `directory` holds, unchanged, what this compilation would write."""
         from importlib.metadata import version
 
-        from dsopt.runtime.artifact import WEIGHTS, open_artifact
-        from dsopt.runtime.drafters.manifest import open_draft
+        from dsopt.runtime.artifact import open_artifact
         from dsopt.runtime.errors import DsoptError
 
         try:
-            manifest = open_artifact(directory).manifest
-            weights = str(manifest.files[WEIGHTS]["sha256"])
-            drafts = [open_draft(directory / name, weights).source["sha256"] for name in manifest.drafters]
+            artifact = open_artifact(directory)
+            drafts = [_draft_source(artifact, name) for name in artifact.manifest.drafters]
         except DsoptError:
             return False
+        manifest, source = artifact.manifest, self.checkpoint.source.sha256
         made = manifest.versions.get("dsopt"), manifest.source.get("sha256"), manifest.recipe, drafts
-        wanted = [self.drafter.source.sha256] if self.drafter else []
-        return made == (version("dsopt"), self.checkpoint.source.sha256, self.text, wanted)
+        wanted = [self.drafter.source.sha256] if self.drafter else [source] if self.order.draft == SELF else []
+        return made == (version("dsopt"), source, self.text, wanted)
 
     def plan(self) -> "Plan":
         from dsopt.compiler import build
+        from dsopt.compiler.pruning.draft import DIRECTORY, plan_draft
 
-        return build.plan(
+        plan = build.plan(
             self.checkpoint, self.recipe, self.pruning, target=self.target, draft=self.drafter, report=note
         )
+        if self.order.draft == SELF:
+            note("making the drafter")
+            draft = plan_draft(self.checkpoint, self.pruning, report=note)
+            _note_rates(draft.manifest.pruning)
+            plan = build.add_draft(plan, DIRECTORY, draft)
+        return plan
+
+
+def _draft_source(artifact: "Artifact", name: str) -> str:
+    """The hash of the checkpoint that a drafter of the artifact was made from. Raises DsoptError when it is damaged."""
+    from dsopt.compiler.pruning.draft import DIRECTORY
+    from dsopt.runtime.artifact import WEIGHTS, open_artifact
+    from dsopt.runtime.drafters.manifest import open_draft
+
+    if name == DIRECTORY:
+        return str(open_artifact(artifact.directory / name).manifest.source["sha256"])
+    weights = str(artifact.manifest.files[WEIGHTS]["sha256"])
+    return str(open_draft(artifact.directory / name, weights).source["sha256"])
 
 
 def _target_and_recipe(order: Order) -> "tuple[str, Recipe]":
@@ -276,7 +300,7 @@ def _digest(path: Path) -> str:
 
 
 def _open_drafter(draft: str | None) -> "DraftCheckpoint | None":
-    if draft is None:
+    if draft is None or draft == SELF:
         return None
     from dsopt.compiler.drafters.checkpoint import open_drafter
 
@@ -307,7 +331,10 @@ def _print_plan(model: str, order: Order) -> None:
         "model": dict(manifest.model),
         "bytes": made.nbytes,
         "pruning": manifest.pruning,
-        "drafters": [{"name": made.drafter.directory, "bytes": made.drafter.nbytes}] if made.drafter else [],
+        "drafters": [
+            *([{"name": made.drafter.directory, "bytes": made.drafter.nbytes}] if made.drafter else []),
+            *({"name": name, "bytes": draft.nbytes} for name, draft in made.drafts.items()),
+        ],
         "linears": [dict(node) for node in manifest.nodes],
     }
     print(json.dumps(report, indent=1))

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,13 @@ class Plan:
     manifest: Manifest
     files: Mapping[str, bytes]
     drafter: DraftPlan | None = None
+    drafts: Mapping[str, "Plan"] = field(default_factory=dict)  # smaller models to draft for this one, by directory
 
     @property
     def nbytes(self) -> int:
         """Size of the weights on disk."""
-        return package.stored_bytes(self.model) + (self.drafter.nbytes if self.drafter else 0)
+        inner = sum(draft.nbytes for draft in self.drafts.values()) + (self.drafter.nbytes if self.drafter else 0)
+        return package.stored_bytes(self.model) + inner
 
 
 def plan(
@@ -128,12 +130,21 @@ def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) ->
         package.write_graph(plan.model, aside, progress)
         package.write_texts(aside, plan.files)
         drafter = write_drafter(plan.drafter, aside, progress) if plan.drafter else None
+        inner = {name: write(draft, aside / name, progress=progress) for name, draft in plan.drafts.items()}
         manifest = dataclasses.replace(plan.manifest, files=package.describe_files(aside))
         package.seal(aside, manifest)
     package.remember_hashes(out, manifest.files)
     if plan.drafter and drafter:
         package.remember_hashes(out / plan.drafter.directory, drafter.files)
+    for name, made in inner.items():
+        package.remember_hashes(out / name, made.files)
     return manifest
+
+
+def add_draft(plan: Plan, name: str, draft: Plan) -> Plan:
+    """The plan with another one to be written to the directory `name` inside, as a drafter."""
+    manifest = dataclasses.replace(plan.manifest, drafters=(*plan.manifest.drafters, name))
+    return dataclasses.replace(plan, manifest=manifest, drafts={**plan.drafts, name: draft})
 
 
 def _check_names(checkpoint: Checkpoint, config: Any) -> None:

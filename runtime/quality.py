@@ -70,6 +70,58 @@ def compare_models(
     return comparison
 
 
+@dataclass(frozen=True)
+class TextModel:
+    """A model asked about text: `encode` and `score` belong together."""
+
+    encode: Callable[[str], Sequence[int]]
+    score: Scorer
+
+
+def compare_texts(
+    base: TextModel,
+    new: TextModel,
+    pieces: Iterable[tuple[str, str]],
+    tick: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """How well two models, whatever their tokens, predict the second text of each piece after the first.
+
+    Probabilities of whole texts are compared, since tokens cannot be: in bits a byte of UTF-8, and as `ppl_ratio` by
+    token of the *base* model, which is what `compare_models` calls so where the tokens are the same.
+    """
+    rows = []
+    for context, scored in pieces:
+        one, other = (_text_loss(model, context, scored) for model in (base, new))
+        rows.append((len(scored.encode()), *one, *other))
+        tick()
+    assert rows, "nothing was scored"
+    nbytes, nll_base, tokens_base, nll_new, tokens_new = np.array(rows, np.float64).T
+    total, bits = nbytes.sum(), np.log(2) * nbytes.sum()
+    log_ratio = (nll_new - nll_base).sum() / tokens_base.sum()
+    error = len(rows) ** 0.5 * (nll_new - nll_base).std(ddof=1) / tokens_base.sum() if len(rows) > 1 else 0.0
+    return {
+        "bytes": int(total),
+        "tokens_base": int(tokens_base.sum()),
+        "tokens_new": int(tokens_new.sum()),
+        "bits_per_byte_base": float(nll_base.sum() / bits),
+        "bits_per_byte_new": float(nll_new.sum() / bits),
+        **_named("ln_ppl_ratio", log_ratio, error),
+        **_named("ppl_ratio", np.exp(log_ratio), np.exp(log_ratio) * error),
+    }
+
+
+def _text_loss(model: TextModel, context: str, scored: str) -> tuple[float, int]:
+    """(-ln p(scored | context), tokens of `scored`)."""
+    before, ids = model.encode(context), np.asarray(model.encode(scored), np.int64)
+    logits = model.score(np.concatenate([np.asarray(before, np.int64), ids]), len(ids) + 1)[:-1]
+    step = max(1, _BLOCK // logits.shape[-1])
+    loss = 0.0
+    for start in range(0, len(ids), step):
+        logs = _log_softmax(logits[start : start + step], "one")
+        loss -= float(logs[np.arange(len(logs)), ids[start : start + step]].sum())
+    return loss, len(ids)
+
+
 @dataclass
 class Comparison:
     """What is kept of each scored token: 41 bytes. `add` blocks of logits, then take the `summary`."""

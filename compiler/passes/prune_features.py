@@ -29,9 +29,9 @@ class PruneFeatures(ir.passes.InPlacePass):
         linears = find_linears(model.graph)
         for linear in linears:
             self._slice_channels(linear)
-        for linear in linears:
-            if linear.role == "o" and linear.layer in self.groups:
-                self._slice_groups(linear)
+        parts = {(linear.layer, linear.role): linear for linear in linears}
+        for layer in self.groups:
+            self._slice_groups(*(parts[layer, role] for role in "oqkv"))
         for linear in linears:
             if (refitted := self.weights.get(linear.weight.name or "")) is not None:
                 assert linear.size == refitted.shape, linear.name
@@ -43,7 +43,7 @@ class PruneFeatures(ir.passes.InPlacePass):
         if kept is not None and linear.role in ("gate", "up", "down"):
             _slice(linear.weight, kept, columns=linear.role == "down")
 
-    def _slice_groups(self, out: Linear) -> None:
+    def _slice_groups(self, out: Linear, *projections: Linear) -> None:
         assert out.layer is not None
         attention, kept = out.node.inputs[0].producer(), self.groups[out.layer]  # type: ignore[union-attr]
         assert attention is not None
@@ -51,10 +51,8 @@ class PruneFeatures(ir.passes.InPlacePass):
         width = out.size[1] // heads
         queries = _spread(kept, heads // groups * width)
         _slice(out.weight, queries, columns=True)
-        for value, features in zip(attention.inputs[:3], (queries, *[_spread(kept, width)] * 2), strict=True):
-            projection = value.producer().inputs[1]
-            assert projection is not None
-            _slice(projection, features, columns=False)
+        for projection, features in zip(projections, (queries, *[_spread(kept, width)] * 2), strict=True):
+            _slice(projection.weight, features, columns=False)
         for name, count in (("num_heads", heads // groups * len(kept)), ("kv_num_heads", len(kept))):
             attention.attributes[name] = ir.AttrInt64(name, count)
         for cache in (*attention.inputs[3:5], *attention.outputs[1:3]):

@@ -14,10 +14,10 @@ from torch import Tensor
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.checkpoint import Tensor as Weight
 from dsopt.compiler.pruning.depth import choose_removals
-from dsopt.compiler.pruning.obs import eliminate
+from dsopt.compiler.pruning.obs import eliminate, known_damp
 from dsopt.compiler.pruning.options import Pruning
 from dsopt.compiler.pruning.refit import HELD_OUT, Fit, Loss, Streams, refit_sublayers
-from dsopt.compiler.pruning.sensitivity import measure_sensitivity, token_sizes
+from dsopt.compiler.pruning.sensitivity import measure_sensitivity
 from dsopt.compiler.pruning.stream import Stream, Sublayer, batches, divergence
 from dsopt.compiler.pruning.tensors import spill
 from dsopt.compiler.pruning.widths import BLOCK, Removal, allocate, group_sizes
@@ -25,8 +25,9 @@ from dsopt.runtime.errors import DsoptError
 
 Report = Callable[[str], None]
 _SCORED = 1024  # tokens on which removed blocks are judged: each candidate runs them through the rest of the model
+_FEW = 4  # where more than that is to go, every candidate is judged on half the tokens
 _FELT = 2048  # tokens of the sensitivities
-_SEEN = 4096  # tokens of the channels' first statistics, which decide the widths
+_SEEN = 8192  # tokens of the channels' first statistics, which decide the widths
 
 
 @dataclass(frozen=True)
@@ -97,19 +98,20 @@ class _Decision:
         return self.x[: max(1, tokens // self.x.shape[1])]
 
     def _remove_blocks(self, dense: Tensor) -> None:
-        x = self._some(_SCORED)
+        many = max(self.pruning.layers, self.pruning.blocks) > _FEW
+        x = self._some(_SCORED // 2 if many else _SCORED)
         estimates = {sublayer: felt.removal for sublayer, felt in self.felt.items()}
         for name, count in (("layers", self.pruning.layers), ("blocks", self.pruning.blocks)):
             if not count:
                 continue
-            chosen = choose_removals(
+            chosen, after = choose_removals(
                 self.stream, x, dense[: len(x)], estimates, count,
                 whole=name == "layers", removed=self.removed, weigh=self.stream.parameters,
             )  # fmt: skip
-            self.removed = self.removed.union(*(group for group, _ in chosen))
+            self.removed = self.removed.union(*chosen)
             before = self.steps.get("layers", {}).get("kld", 0.0)
-            gone = [min(group).layer if name == "layers" else str(min(group)) for group, _ in chosen]
-            self.steps[name] = {"removed": gone, "kld": chosen[-1][1] - before}
+            gone = [min(group).layer if name == "layers" else str(min(group)) for group in chosen]
+            self.steps[name] = {"removed": gone, "kld": after - before}
 
     def _remove_channels(self) -> None:
         """Curves of error over width from the dense stream, then widths; which channels go is chosen at the repair."""
@@ -117,13 +119,18 @@ class _Decision:
         most = min(1.0, 3 * self.pruning.ffn)
         for sublayer in self.stream.sublayers:
             weight = self.stream.weight(sublayer)
+            features, added = map(
+                torch.cat, zip(*(self.stream.run(sublayer, part) for part in batches(x)), strict=True)
+            )
+            x = x + added
             if sublayer.mlp and sublayer not in self.removed:
-                gram = _gram(self.stream, sublayer, x)
+                h = (features * self.felt[sublayer].weigh(x).sqrt()).flatten(0, 1)
+                gram = (h.T @ h).double() / len(h)
                 width += len(gram)
-                groups = eliminate(gram, weight, self.felt[sublayer].metric, group_sizes(len(gram)))
+                damp = known_damp(len(gram), len(h))
+                groups = eliminate(gram, weight, self.felt[sublayer].metric, group_sizes(len(gram)), damp)
                 groups = itertools.islice(groups, max(1, round(most * len(gram) / BLOCK)))
                 curves[sublayer.layer] = [Removal(channels, cost / 2) for channels, cost in groups]
-            x = self.stream.advance(sublayer, x)
         taken = allocate(curves, round(self.pruning.ffn * width))
         for layer, count in taken.items():
             if channels := sum(len(removal.channels) for removal in curves[layer][:count]):
@@ -163,14 +170,3 @@ class _Decision:
         config = self.stream.config
         unit = config.num_attention_heads // config.num_key_value_heads * config.head_dim
         return (kept[::unit] // unit).numpy()
-
-
-def _gram(stream: Stream, sublayer: Sublayer, x: Tensor) -> Tensor:
-    """Mean of h h' over tokens in units of their size, float64 [F, F]."""
-    total: Tensor | float = 0.0
-    for part in batches(x):
-        features, added = stream.run(sublayer, part)
-        h = (features / token_sizes(part + added)).flatten(0, 1)
-        total = total + (h.T @ h).double()
-    assert isinstance(total, Tensor)
-    return total / (x.shape[0] * x.shape[1])

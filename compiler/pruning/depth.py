@@ -13,11 +13,12 @@ from torch import Tensor
 from dsopt.compiler.pruning.stream import Stream, Sublayer, divergence
 
 Group = frozenset[Sublayer]  # what goes together: the two sublayers of a layer, or one
-_FIRST, _AGAIN = 14, 6  # candidates of the first round, for all rounds the number to be removed on top; of the others
+_FIRST, _AGAIN = 14, 6  # candidates of the first round, of the others; the number still to be removed on top
+_ROUNDS = 4  # at most: where much is to go, several leave together
 
 
 def gated_divergences(stream: Stream, x: Tensor, base: Tensor, removed: Group, groups: Sequence[Group]) -> list[float]:
-    """KL(whole || without `removed` and a group) in nats, for each group.
+    """KL(whole || without `removed` and a group) in nats, for each group, which may be empty.
 
     x [n, s, hidden] is embedded text, base [n, s, hidden] the whole model's last hidden states for it.
     """
@@ -31,7 +32,7 @@ def gated_divergences(stream: Stream, x: Tensor, base: Tensor, removed: Group, g
         if sublayer not in removed:
             x = stream.advance(sublayer, x)
     head = stream.head()
-    return [divergence(head, base, branches[number]) for number in range(len(groups))]
+    return [divergence(head, base, branches.get(number, x)) for number in range(len(groups))]
 
 
 def choose_removals(
@@ -44,9 +45,8 @@ def choose_removals(
     whole: bool,
     removed: Group = frozenset(),
     weigh: Callable[[Sublayer], float] = lambda sublayer: 1.0,
-    tick: Callable[[], None] = lambda: None,
-) -> list[tuple[Group, float]]:
-    """`count` groups in the order of removal, each with the divergence after it; layers if `whole`, else sublayers.
+) -> tuple[list[Group], float]:
+    """(`count` groups in the order of removal, the divergence without them); layers if `whole`, else sublayers.
 
     `estimates` say which to try at all. Of sublayers those go that cost least for what `weigh` says they free.
     """
@@ -57,12 +57,14 @@ def choose_removals(
     freed = {group: sum(map(weigh, group)) for group in groups}
     left = [group for group in groups if not group & removed]
     left.sort(key=lambda group: sum(estimates[sublayer] for sublayer in group) / freed[group])
-    left, chosen, before = left[: _FIRST + 2 * count], [], 0.0
-    for _ in range(count):
+    chosen: list[Group] = []
+    left, before = left[: _FIRST + 2 * count], 0.0
+    step = -(-count // _ROUNDS)
+    while len(chosen) < count:
         found = dict(zip(left, gated_divergences(stream, x, base, removed, left), strict=True))
         left.sort(key=lambda group: (found[group] - before) / freed[group])
-        best, *others = left
-        chosen.append((best, found[best]))
-        removed, before, left = removed | best, found[best], others[: _AGAIN + count]
-        tick()
-    return chosen
+        best, left = left[: min(step, count - len(chosen))], left[step:]
+        chosen += best
+        removed, left = removed.union(*best), left[: _AGAIN + 2 * (count - len(chosen))]
+        before = found[best[0]] if len(best) == 1 else gated_divergences(stream, x, base, removed, [frozenset()])[0]
+    return chosen, before

@@ -10,16 +10,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-DAMP = 1e-2  # of the median channel's energy, added to each: channels that the text never used have none
 _TRIED = 4  # times the size of a group
 
 
-def eliminate(gram: Tensor, weight: Tensor, metric: Tensor, sizes: Iterator[int]) -> Iterator[tuple[Tensor, float]]:
+def eliminate(
+    gram: Tensor, weight: Tensor, metric: Tensor, sizes: Iterator[int], damp: float
+) -> Iterator[tuple[Tensor, float]]:
     """Yield (channels, cost) of groups of the given sizes, the cheapest first; costs are in M's unit times G's.
 
     gram float64 [F, F], weight [D, F], metric float64 [D, D].
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damp)))
     felt = torch.linalg.cholesky(metric).T @ weight.double()  # columns whose squared norm is w' M w
     left = torch.arange(gram.shape[0])
     for size in sizes:
@@ -57,7 +58,12 @@ def _cheapest(inverse: Tensor, felt: Tensor, size: int) -> Tensor:
     return tried[chosen].sort().values
 
 
-def damped(gram: Tensor, damp: float = DAMP) -> Tensor:
+def known_damp(features: int, tokens: int) -> float:
+    """What to add to a Gram matrix of so many tokens: where they are few, features only seem to explain each other."""
+    return max(0.01, features / max(1, tokens))
+
+
+def damped(gram: Tensor, damp: float) -> Tensor:
     """G + a small multiple of the identity. Of the median: a few features are thousands of times as large as others."""
     middle = gram.diagonal().median().clamp_min(1e-9 * gram.diagonal().max() + 1e-30)
     return gram + damp * middle * torch.eye(len(gram), dtype=gram.dtype)
@@ -71,9 +77,11 @@ def refit(gram: Tensor, cross: Tensor, damp: float) -> Tensor:
     return torch.cholesky_solve(cross.T, torch.linalg.cholesky(damped(gram, damp))).T
 
 
-def eliminate_units(gram: Tensor, weight: Tensor, metric: Tensor, unit: int, count: int) -> tuple[Tensor, float]:
+def eliminate_units(
+    gram: Tensor, weight: Tensor, metric: Tensor, unit: int, count: int, damp: float
+) -> tuple[Tensor, float]:
     """The channels of `count` units of `unit` neighbouring channels each (the heads of a group), and their cost."""
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram)))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damp)))
     felt = torch.linalg.cholesky(metric).T @ weight.double()
     left, gone, total = list(range(len(gram) // unit)), [], 0.0
     for _ in range(count):

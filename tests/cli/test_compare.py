@@ -144,3 +144,18 @@ def test_a_reference_gives_the_rows_asked_for(tiny_llama_dir: Callable[..., Path
     assert reference(ids, 20).shape == (20, 320)
     np.testing.assert_array_equal(reference(ids, 3), reference(ids, 20)[-3:])
     assert told[-1][0] == told[-1][1] == sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+
+
+def test_text_by_bytes_across_vocabularies(
+    compare: Run, compile_tiny: Callable[..., Path], tiny_artifact: Path
+) -> None:
+    """The tokens are the same here, so the ratio must be that of a comparison by tokens, rows added or not."""
+    larger = compile_tiny("none", vocab_size=336, seed=1)
+    same = compile_tiny("none", seed=1)
+    found = json.loads(compare(tiny_artifact, larger, "--bytes", "--chunks", 4, "-o", "json"))
+    expected = json.loads(compare(tiny_artifact, same, "--chunks", 4, "-o", "json"))
+    assert found["tokens_base"] == found["tokens_new"] == found["bytes"] == expected["tokens"]
+    assert found["ppl_ratio"] != pytest.approx(1, abs=0.01)
+    own = json.loads(compare(tiny_artifact, same, "--bytes", "--chunks", 4, "-o", "json"))
+    assert own["ppl_ratio"] == pytest.approx(expected["ppl_ratio"], rel=1e-5)
+    assert own["bits_per_byte_base"] == pytest.approx(np.log2(expected["ppl_base"]), rel=1e-5)

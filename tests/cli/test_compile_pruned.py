@@ -1,0 +1,60 @@
+"""dsopt compile --prune and --draft: artifacts that differ do not meet, and a drafter inside is an artifact."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from dsopt.cli.compile import Order, compile_model
+from dsopt.cli.main import app
+from dsopt.runtime.artifact import open_artifact
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.quality import session_scorer
+from dsopt.runtime.session import Session
+
+
+def test_what_is_pruned_is_part_of_what_an_artifact_is(
+    tiny_llama_dir: Callable[..., Path], exported_once: None
+) -> None:
+    source = str(tiny_llama_dir())
+    plain, pruned = (compile_model(source, order=Order("none", prune=prune)) for prune in ("none", "layers=1"))
+    assert plain != pruned
+    made = open_artifact(pruned).manifest
+    assert (made.recipe, made.model["layers"]) == ("none prune layers=1", 1)
+    written = (pruned / "dsopt.json").stat().st_mtime_ns
+    assert compile_model(source, order=Order("none", prune="layers=1")) == pruned
+    assert (pruned / "dsopt.json").stat().st_mtime_ns == written
+    with pytest.raises(DsoptError, match="exists already"):
+        compile_model(source, plain, Order("none", prune="layers=1"))
+
+
+def test_a_drafter_of_its_own(tiny_llama_dir: Callable[..., Path], exported_once: None, tmp_path: Path) -> None:
+    source, out = str(tiny_llama_dir(num_hidden_layers=3)), tmp_path / "out"
+    compile_model(source, out, Order("none", draft="self"))
+    artifact, draft = open_artifact(out), open_artifact(out / "draft-self")
+    assert artifact.manifest.drafters == ("draft-self",)
+    assert draft.manifest.recipe == "int4 prune ffn=25%,layers=1"
+    assert draft.manifest.model["layers"] == 2
+    assert draft.manifest.model["vocab_size"] == artifact.manifest.model["vocab_size"]
+    assert np.isfinite(session_scorer(Session(draft, threads=1))(np.arange(9), 9)).all()
+    compile_model(source, out, Order("none"), force=True)  # a drafter is the model's own: it goes with it
+    assert not (out / "draft-self").exists()
+
+
+def test_the_plan_says_what_would_go(tiny_llama_dir: Callable[..., Path], exported_once: None) -> None:
+    command = ["compile", str(tiny_llama_dir()), "--quant", "int4", "--prune", "blocks=1", "--plan"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    plan = json.loads(done.stdout)
+    (step,) = plan["pruning"]["steps"]
+    assert step["kind"] == "blocks"
+    assert len(step["removed"]) == 1
+    assert plan["recipe"] == "int4 prune blocks=1"
+
+
+@pytest.mark.parametrize("options", [["--prune", "heads=1"], ["--draft", "other"]])
+def test_wrong_calls(options: list[str]) -> None:
+    assert CliRunner().invoke(app, ["compile", *options]).exception is not None
