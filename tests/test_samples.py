@@ -73,3 +73,12 @@ def test_custom_pass(
     before, after = (int(word) for word in done.stdout.split() if word.isdigit())
     assert after == before + 1
     run("dsopt", "generate", "-m", out, "--raw", "a", "-n", "3")
+
+
+def test_random_drafter(run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    run(sys.executable, SAMPLES / "random_drafter.py", tmp_path / "pair", "--shape", "tiny", "--draft-layers", "1")
+    pair, out = tmp_path / "pair", tmp_path / "out"
+    done = run("dsopt", "compile", pair / "target", "--draft", pair / "drafter", "--quant", "int8", "-o", out)
+    assert done.stdout == f"{out}\n"
+    assert json.loads((out / "draft-dspark" / "draft.json").read_text())["steps"] == 7
+    assert len(run("dsopt", "generate", "-m", out, "--raw", "a", "-n", "3").stdout) > 0
