@@ -12,6 +12,7 @@ import typer
 from dsopt.cli import report
 from dsopt.cli.models import find_artifact
 from dsopt.cli.progress import progress_bar
+from dsopt.runtime.devices import check_device
 from dsopt.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def bench_command(
         int | None,
         typer.Option("-t", "--threads", help="Threads. [default: physical cores]", show_default=False),
     ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     output: Annotated[
         Literal["md", "csv", "json", "jsonl"], typer.Option("-o", "--output", help="Form of the output.")
     ] = "md",
@@ -61,13 +63,16 @@ def bench_command(
         raise UsageError(f"--threads is {threads}; 1 or more")
     if repetitions < 1:
         raise UsageError(f"-r is {repetitions}; 1 or more repetitions")
+    check_device(device)
     workloads = _workloads(n_prompt, n_gen, pairs, n_depth)
     artifact = find_artifact(directory or model)
+    from dsopt.runtime.devices import choose_device
     from dsopt.runtime.measure import check_context
     from dsopt.runtime.session import Session
 
     check_context(workloads, artifact.manifest.model["context_length"])
-    session = Session(artifact, threads=threads)
+    chosen = choose_device(device, artifact.manifest, lambda line: print(line, file=sys.stderr))
+    session = Session(artifact, threads=threads, device=chosen)
     for line in _print(session, workloads, repetitions, output):
         print(line, flush=True)
     if repetitions < _FEW and output == "md":
@@ -148,16 +153,17 @@ def _setting(session: "Session") -> dict[str, Any]:
 
     import onnxruntime
 
+    from dsopt.runtime.machine import cpu_name, gpu_name
     from dsopt.runtime.session import PREFILL_CHUNK
 
     artifact, manifest = session.artifact, session.artifact.manifest
-    parameters = manifest.model["parameters"]
+    parameters, gpu = manifest.model["parameters"], session.device == "cuda"
     return {
         "build_commit": version("dsopt"),
         "build_number": 0,
-        "cpu_info": _cpu(),
-        "gpu_info": "",
-        "backends": "ORT-CPU",
+        "cpu_info": cpu_name(),
+        "gpu_info": gpu_name() if gpu else "",
+        "backends": "ORT-CUDA" if gpu else "ORT-CPU",
         "model_filename": str(artifact.directory),
         "model_type": f"{manifest.family} {_rounded(parameters)} {manifest.recipe}",
         "model_size": artifact.size,
@@ -165,11 +171,11 @@ def _setting(session: "Session") -> dict[str, Any]:
         "n_batch": PREFILL_CHUNK,
         "n_ubatch": PREFILL_CHUNK,
         "n_threads": session.threads,
-        "type_k": "f32",
-        "type_v": "f32",
-        "n_gpu_layers": 0,
-        "flash_attn": False,
-        "devices": "CPU",
+        "type_k": session.cache_type,
+        "type_v": session.cache_type,
+        "n_gpu_layers": manifest.model["layers"] if gpu else 0,
+        "flash_attn": gpu,
+        "devices": "CUDA0" if gpu else "CPU",
         "use_mmap": True,
         "embeddings": False,
         "dsopt_version": version("dsopt"),
@@ -240,17 +246,6 @@ def _rounded(parameters: int) -> str:
         if parameters >= size:
             return f"{parameters / size:.3g}{unit}"
     return str(parameters)
-
-
-def _cpu() -> str:
-    import platform
-
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor() or platform.machine()
-    match = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return match[1].strip() if match else platform.machine()
 
 
 def _peak_rss() -> int | None:

@@ -15,7 +15,7 @@ import typer
 from dsopt.cli.models import find_artifact
 from dsopt.cli.prompts import PromptOptions, add_text, read_prompt
 from dsopt.cli.writers import JsonlWriter, JsonWriter, Stdout, TextWriter, Writer, record_of, stats_line
-from dsopt.runtime.errors import DsoptError, UsageError
+from dsopt.runtime.errors import UsageError
 
 if TYPE_CHECKING:
     from dsopt.runtime.model import Model, Stream
@@ -100,12 +100,13 @@ def generate_command(
     ctx: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Positions at most. [default: the model's]")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Answer PROMPT on stdout.
 
     Piped text, FILE and PROMPT are joined in this order, with blank lines between.
     """
+    from dsopt.runtime.devices import check_device
     from dsopt.runtime.sampling import Sampling
 
     check_device(device)
@@ -117,7 +118,7 @@ def generate_command(
 
         check_replaceable(save_state)
     out = Stdout()
-    opened = _open_model(model, threads, ctx)
+    opened = _open_model(model, threads, ctx, device)
     state, sampler = _begin(opened, load_state, sampling)
     stream = opened.stream(
         said.tokens(opened, state),
@@ -130,19 +131,13 @@ def generate_command(
     _answer(opened, stream, output, out)
 
 
-def check_device(device: str) -> None:
-    """Raises UsageError on an unknown device, DsoptError on one that this version cannot use."""
-    if device == "cuda":
-        raise DsoptError("--device cuda: this version runs on the CPU only; leave it out or say cpu")
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"--device is {device}; it must be auto or cpu")
-
-
-def _open_model(directory: Path | None, threads: int | None, context: int | None) -> "Model":
+def _open_model(directory: Path | None, threads: int | None, context: int | None, device: str) -> "Model":
     artifact = find_artifact(directory)
+    from dsopt.runtime.devices import choose_device
     from dsopt.runtime.model import Model
 
-    return Model(artifact, threads=threads, context=context)
+    chosen = choose_device(device, artifact.manifest, warn)
+    return Model(artifact, threads=threads, context=context, device=chosen)
 
 
 def _begin(model: "Model", saved: Path | None, sampling: "Sampling") -> tuple["State", "Sampler"]:

@@ -17,7 +17,8 @@ def default_directory(name: str, recipe: str, sha256: str) -> Path:
 
     The hash is the checkpoint's, so that two of one name, or one before and after an edit, do not meet.
     """
-    return cache_dir() / "artifacts" / f"{name}-{recipe.replace(',', '+').replace('=', '-')}-{sha256[:8]}"
+    plain = recipe.replace(",", "+").replace("%", "pct").translate(str.maketrans("= :@", "----"))
+    return cache_dir() / "artifacts" / f"{name}-{plain}-{sha256[:8]}"
 
 
 def remember_last(directory: Path) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +17,19 @@ from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
 from dsopt.compiler.export import export
 from dsopt.compiler.models import find_family
 from dsopt.compiler.passes import CLEAN, pipeline
+from dsopt.compiler.passes.check_kernels import CheckKernels
+from dsopt.compiler.passes.prune_blocks import PruneBlocks
+from dsopt.compiler.passes.prune_features import PruneFeatures
+from dsopt.compiler.passes.quantize_linears import Evidence, module_name
 from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
-from dsopt.compiler.recipe import Format, Recipe
+from dsopt.compiler.probe import probed
+from dsopt.compiler.pruning.account import describe_pruning
+from dsopt.compiler.pruning.decide import Cuts, decide
+from dsopt.compiler.pruning.options import NOTHING, Pruning, full_text
+from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabulary
+from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import find_linears
+from dsopt.compiler.self_text import Calibrate, default_windows
 from dsopt.compiler.weights import Weight
 from dsopt.runtime.artifact import Manifest
 from dsopt.runtime.errors import DsoptError
@@ -44,11 +54,31 @@ class Plan:
         return package.stored_bytes(self.model) + (self.drafter.nbytes if self.drafter else 0)
 
 
-def plan(checkpoint: Checkpoint, recipe: Recipe, draft: DraftCheckpoint | None = None) -> Plan:
-    """Export and rewrite, computing no weight. Raises DsoptError on a model that is not supported.
+def plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    pruning: Pruning = NOTHING,
+    *,
+    draft: DraftCheckpoint | None = None,
+    target: str = "cpu",
+    evidence: Evidence | None = None,
+    calibrate: Calibrate = default_windows,
+    report: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Export and rewrite, computing no weight, unless there is to be pruned: that reads and decides by text.
 
-    With a drafter the graph gives the outputs of the layers that it reads, and it is compiled beside the model.
+    A recipe that says no float type gets the target's own. `evidence` tells what the inputs of each linear layer look
+    like. `calibrate` gives windows of token ids, all of one length, for a checkpoint; it is asked only where pruning
+    needs text. With a drafter the graph gives the outputs of the layers that it reads, and it is compiled beside the
+    model. `report` is told what is done. Raises DsoptError on a model that is not supported.
     """
+    chosen = probed(target)
+    recipe = recipe.with_dtype(chosen.check_dtype(recipe.said_dtype))
+    whole, vocabulary = checkpoint, None
+    if pruning.vocab:
+        report("choosing tokens")
+        vocabulary = choose_vocabulary(checkpoint.files["tokenizer.json"], pruning.read_corpus(), pruning.tokens)
+        checkpoint = prune_vocabulary(checkpoint, vocabulary)
     family = find_family(checkpoint.config.get("model_type"))
     config = family.Config.from_dict(checkpoint.config)
     # A model that cannot be spoken to is not worth compiling: a broken tokenizer is an error now.
@@ -61,13 +91,24 @@ def plan(checkpoint: Checkpoint, recipe: Recipe, draft: DraftCheckpoint | None =
     if config.tie_word_embeddings:
         TieEmbeddings()(model)
     _bind_weights(model, checkpoint, tied=config.tie_word_embeddings)
-    passes = pipeline(recipe)
+    passes = pipeline(recipe, chosen, evidence)
     for step in passes[: len(CLEAN)]:
         step(model)
     nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
+    pruned = None
+    if pruning:
+        cuts = decide(checkpoint, pruning, calibrate(checkpoint), report) if pruning.needs_text else Cuts()
+        for step in (PruneFeatures(cuts.channels, cuts.groups, cuts.weights), PruneBlocks(cuts.removed)):
+            step(model)
+        before = [_with_rows(node, recipe, whole.config["vocab_size"]) for node in nodes]
+        nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
+        pruned = describe_pruning(pruning.text, before, nodes, cuts, vocabulary.record if vocabulary else {})
+    sizes = _sizes(model, config)
     for step in passes[len(CLEAN) :]:
         step(model)
-    manifest = _manifest(checkpoint, config, recipe, nodes)
+    CheckKernels(chosen)(model)
+    text = full_text(recipe.text, pruning)
+    manifest = _manifest(checkpoint, config, text, chosen.name, sizes, nodes, pruned)
     files = {**checkpoint.files, "genai_config.json": package.genai_config(manifest)}
     if draft is None:
         return Plan(model, manifest, files)
@@ -123,11 +164,11 @@ def _bind_weights(model: ir.Model, checkpoint: Checkpoint, *, tied: bool) -> Non
 def _describe_weights(model: ir.Model, recipe: Recipe, *, tied: bool) -> list[dict[str, Any]]:
     """An entry a matrix: each linear layer, and the embedding (0 bytes where it is stored as the head)."""
     linears = find_linears(model.graph)
-    nodes = [_entry(x.name, x.role, x.layer, x.size, recipe.format(x.role)) for x in linears]
+    nodes = [_entry(x.name, x.role, x.layer, x.size, recipe.format(x.role, module_name(x))) for x in linears]
     vocab, width = linears[-1].size
     embedding = recipe.embedding(width)
     nodes.append(_entry("model.embed_tokens", "embed", None, (vocab, width), embedding))
-    if tied and embedding == recipe.format("head"):
+    if tied and embedding == recipe.format("head", HEAD):
         nodes[-1]["bytes"] = 0
     return nodes
 
@@ -138,38 +179,54 @@ def _entry(name: str, role: str, layer: int | None, size: tuple[int, int], form:
             "bytes": form.nbytes(*size)}  # fmt: skip
 
 
-def _manifest(checkpoint: Checkpoint, config: Any, recipe: Recipe, nodes: list[dict[str, Any]]) -> Manifest:
+def _with_rows(node: dict[str, Any], recipe: Recipe, vocab: int) -> dict[str, Any]:
+    """A node's entry, the head's as if its vocabulary were `vocab`."""
+    if node["role"] != "head":
+        return node
+    return {**node, "bytes": recipe.format("head", HEAD).nbytes(vocab, node["shape"][1])}
+
+
+def _sizes(model: ir.Model, config: Any) -> dict[str, int]:
+    """The manifest's `model`. Layers are those with a cache, which is what a runtime allocates; see `pruning`."""
+    attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    return {
+        "layers": len(attentions),
+        "hidden_size": config.hidden_size,
+        "heads": attentions[0].attributes["num_heads"].as_int(),
+        "kv_heads": attentions[0].attributes["kv_num_heads"].as_int(),
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "parameters": sum(weight.size for weight in weights if isinstance(weight, Weight)),
+    }
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    config: Any,
+    recipe: str,
+    target: str,
+    sizes: dict[str, int],
+    nodes: list[dict[str, Any]],
+    pruning: Mapping[str, Any] | None,
+) -> Manifest:
     source = checkpoint.source
     bos, eos = _token_ids(checkpoint, config.vocab_size)
     return Manifest(
         name=source.name,
-        recipe=recipe.text,
-        target="cpu",
+        recipe=recipe,
+        target=target,
         family=str(checkpoint.config["model_type"]),
         source={"kind": source.kind, "name": source.name, "sha256": source.sha256},
-        model={
-            "layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "vocab_size": config.vocab_size,
-            "context_length": config.max_position_embeddings,
-            "parameters": sum(_size(tensor.shape) for tensor in checkpoint.tensors.values()),
-        },
+        model=sizes,
         bos=bos,
         eos=eos,
         nodes=tuple(nodes),
         files={},
         versions={name: version(name) for name in _MADE_WITH},
+        pruning=pruning,
     )
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def _token_ids(checkpoint: Checkpoint, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:

@@ -153,6 +153,11 @@ def remember_hashes(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> 
         remember_sha256(directory / name, str(entry["sha256"]))
 
 
+def _genai_providers(target: str) -> list[dict[str, Any]]:
+    """The CPU's must not be listed; CUDA graphs are onnxruntime-genai's user's to switch on."""
+    return [] if target == "cpu" else [{target: {"enable_cuda_graph": "0"}}]
+
+
 def genai_config(manifest: Manifest) -> bytes:
     """genai_config.json for onnxruntime-genai; its schema is strict, so nothing of dsopt's own goes in."""
     model = manifest.model
@@ -164,7 +169,11 @@ def genai_config(manifest: Manifest) -> bytes:
         "present_value_names": "present.%d.value",
     }
     decoder = {
-        "session_options": {"log_id": "onnxruntime-genai", "log_severity_level": 3, "provider_options": []},
+        "session_options": {
+            "log_id": "onnxruntime-genai",
+            "log_severity_level": 3,
+            "provider_options": _genai_providers(manifest.target),
+        },
         "filename": GRAPH,
         "head_size": model["head_dim"],
         "hidden_size": model["hidden_size"],

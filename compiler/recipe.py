@@ -4,43 +4,54 @@ The first word is the format of every linear layer; `ROLE=FORMAT` overrides it f
 
     none            float32
     int4 int8       weight-only, MatMulNBits: per block of the input dimension a scale and, with `-zp`, a zero point
+    int4-min        per block a scale and a real minimum, as in GGUF's Q4_1 and Q4_K, which it stores without loss:
+                    an integer zero point, and what it misses as weights of the inputs' block means
     w8a8            int8 weights per output channel, activations quantized on the fly: DynamicQuantizeMatMul. The head
                     stays int8 unless said: one activation scale for all rows would make logits depend on their number
+    fp8             float8 (e4m3) with a scale per 128 inputs: MatMulBlockQuantizedFp8Weight, on CUDA only
 
 with `-b16 ... -b256` for the block size (32 unless said). Roles are q k v o gate up down head embed and the groups
-qkv, attn, mlp.
+qkv, attn, mlp. `dtype=fp16` or `dtype=bf16` is the type of everything else, float32 unless said.
 """
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from dsopt.compiler.roles import GROUPS, ROLES
 from dsopt.runtime.errors import UsageError
 
-_FORMAT = re.compile(r"(none|w8a8|int4|int8)(-zp)?(?:-b(16|32|64|128|256))?")
+_PLAIN: dict[str, tuple[Any, ...]] = {"none": (), "w8a8": ("w8a8", 8), "fp8": ("fp8", 8, 128)}
+DTYPES = ("fp32", "fp16", "bf16")
+_FORMAT = re.compile(r"(none|w8a8|fp8|int4|int8)(-zp|-min)?(?:-b(16|32|64|128|256))?")
 
 
 @dataclass(frozen=True)
 class Format:
     """How the weight of one linear layer is stored and multiplied."""
 
-    kernel: str = "none"  # none | nbits | w8a8
+    kernel: str = "none"  # none | nbits | w8a8 | fp8
     bits: int = 32
     block: int = 0
     zero_points: bool = False
+    minima: bool = False  # a real one for each block; zero_points is set too
 
     @classmethod
     def parse(cls, text: str) -> "Format":
         match = _FORMAT.fullmatch(text)
         if match is None:
-            raise UsageError(f"--quant: {text!r} is no format; none, int4, int8, w8a8, with -zp and -b32 and the like")
+            raise UsageError(
+                f"--quant: {text!r} is no format; none, int4, int8, w8a8, fp8, with -zp and -b32 and the like"
+            )
         kind, zero_points, block = match.groups()
-        if kind in ("none", "w8a8"):
+        if kind in _PLAIN:
             if zero_points or block:
-                raise UsageError(f"--quant: {text!r}: {kind} has neither zero points nor blocks")
-            return cls() if kind == "none" else cls("w8a8", 8)
-        return cls("nbits", int(kind[3:]), int(block or 32), bool(zero_points))
+                raise UsageError(f"--quant: {text!r}: {kind} has neither zero points nor a choice of blocks")
+            return cls(*_PLAIN[kind])
+        if kind == "int8" and zero_points == "-min":
+            raise UsageError(f"--quant: {text!r}: 8 bits have no use for minima; int8-zp has zero points")
+        return cls("nbits", int(kind[3:]), int(block or 32), bool(zero_points), zero_points == "-min")
 
     def nbytes(self, n: int, k: int) -> int:
         """Bytes of a weight [n, k]: codes, float32 scales, zero points."""
@@ -48,15 +59,25 @@ class Format:
             return 4 * n * k
         if self.kernel == "w8a8":
             return n * k + 4 * n
-        blocks = -(-k // self.block)
+        if self.kernel == "fp8":
+            return n * k + 4 * n * -(-k // self.block)
+        blocks = self.blocks(k)
         zeros = -(-blocks * self.bits // 8) if self.zero_points else 0
         return n * (blocks * self.block * self.bits // 8 + 4 * blocks + zeros)
+
+    def blocks(self, k: int) -> int:
+        """Blocks that a row of k weights takes, those of the block means included."""
+        blocks = -(-k // self.block)
+        return blocks + (-(-blocks // self.block) if self.minima else 0)
 
     def __str__(self) -> str:
         if self.kernel != "nbits":
             return self.kernel
-        return f"int{self.bits}{'-zp' * self.zero_points}{'' if self.block == 32 else f'-b{self.block}'}"
+        offset = "-min" if self.minima else "-zp" * self.zero_points
+        return f"int{self.bits}{offset}{'' if self.block == 32 else f'-b{self.block}'}"
 
+
+HEAD = "lm_head"  # the head's module name, also where its weight is the embedding's
 
 # `auto` until a search chooses per node: the fastest of the recipes whose loss is hard to notice (see README).
 PRESETS = {"auto": "int8"}
@@ -69,6 +90,8 @@ class Recipe:
     text: str
     default: Format
     roles: Mapping[str, Format] = field(default_factory=dict)
+    modules: Mapping[str, Format] = field(default_factory=dict)  # by module name; goes before the role
+    dtype: str = "fp32"
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
@@ -76,29 +99,54 @@ class Recipe:
         first, *overrides = [part.strip() for part in text.split(",")]
         first = PRESETS.get(first, first)
         roles: dict[str, Format] = {}
+        dtype = "fp32"
         for override in overrides:
             role, _, value = override.partition("=")
+            if role == "dtype":
+                dtype = _check_dtype(value)
+                continue
             known = (*ROLES, "embed", *GROUPS)
             if role not in known or not value:
                 raise UsageError(f"--quant: {override!r} is not ROLE=FORMAT; roles: {' '.join(known)}")
             roles |= dict.fromkeys(GROUPS.get(role, (role,)), Format.parse(value))
-        if roles.get("embed", Format()).kernel == "w8a8":
-            raise UsageError("--quant: an embedding is not multiplied, so w8a8 means nothing for it; embed=int8 works")
+        if (kernel := roles.get("embed", Format()).kernel) in ("w8a8", "fp8"):
+            raise UsageError(f"--quant: no gather reads {kernel}, so an embedding cannot have it; embed=int8 works")
         default = Format.parse(first)
         if default.kernel == "w8a8":
             roles.setdefault("head", Format("nbits", 8, 32))
-        return cls(",".join([first, *overrides]), default, roles)
+        return cls(",".join([first, *overrides]), default, roles, dtype=dtype)
 
-    def format(self, role: str) -> Format:
-        return self.roles.get(role, self.default)
+    @property
+    def said_dtype(self) -> str | None:
+        """The float type that the recipe says, None where it leaves it to the target."""
+        return self.dtype if "dtype=" in self.text else None
+
+    def with_dtype(self, dtype: str) -> "Recipe":
+        """The same with this float type. Raises UsageError where the recipe says another."""
+        if self.said_dtype is not None and dtype != self.dtype:
+            raise UsageError(f"--dtype is {dtype}, --quant says dtype={self.dtype}; leave one of them out")
+        if dtype == self.dtype:
+            return self
+        return replace(self, text=f"{self.text},dtype={_check_dtype(dtype)}", dtype=dtype)
+
+    def format(self, role: str, module: str = "") -> Format:
+        return self.modules.get(module) or self.roles.get(role, self.default)
 
     def embedding(self, width: int) -> Format:
         """The table of the embedding: as said, else as the head (so that a tied table can be stored once).
 
-        A head in w8a8 has no layout that a gather can read; 8 bits in blocks stand in. Rows of `width` that are not
-        whole blocks stay float: a gather cannot read a padded row.
+        A head in w8a8 or with minima has no layout that a gather can read; 8 bits in blocks stand in. Rows of
+        `width` that are not whole blocks stay float: a gather cannot read a padded row.
         """
-        form = self.roles.get("embed", self.format("head"))
-        if form.kernel == "w8a8":
+        form = self.roles.get("embed", self.format("head", HEAD))
+        if form.kernel == "fp8":
+            return Format()
+        if form.kernel == "w8a8" or form.minima:
             form = Format("nbits", 8, 32)
         return Format() if form.kernel == "nbits" and width % form.block else form
+
+
+def _check_dtype(dtype: str) -> str:
+    if dtype not in DTYPES:
+        raise UsageError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+    return dtype

@@ -49,6 +49,9 @@ def decode(
     log-probability and the k best alternatives. A token is yielded before it is fed, so a caller who stops, or an
     interrupt, leaves a cache that is a prefix of what was yielded.
     """
+    if top is None and binding.picks and getattr(choose, "greedy", False):
+        yield from _decode_picks(binding, prompt, limit, end)
+        return
     history = list(prompt)
     cache = binding.cache
     cache.trim(min(cache.length, len(history) - 1))
@@ -63,6 +66,24 @@ def decode(
             return
         token_in[0] = token
         logits = binding.run(token_in)[-1]
+
+
+def _decode_picks(binding: Binding, prompt: Sequence[int], limit: int, end: frozenset[int]) -> Iterator[Step]:
+    """As `decode`, greedily, on a device that tells the token: its logits never come here."""
+    cache = binding.cache
+    cache.trim(min(cache.length, len(prompt) - 1))
+    ids = np.asarray(prompt[cache.length :], np.int64)
+    cache.reserve(cache.length + len(ids))
+    chunks = [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
+    for chunk in chunks[:-1]:
+        binding.pick(chunk)
+    feed = chunks[-1]
+    for count in range(1, limit + 1):
+        token = int(binding.pick(feed)[-1])
+        yield Step(token)
+        if token in end or count == limit:
+            return
+        feed = np.array([token], np.int64)
 
 
 def _with_logprobs(token: int, logits: NDArray[np.float32], top: int) -> Step:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,18 +21,36 @@ class LayerShape:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class CacheType:
+    """An element type of the cache: ONNX's number, and a NumPy type of the same width to move it by."""
+
+    onnx: int
+    storage: type
+    quantized: bool = False
+
+
+CACHE_TYPES = {
+    "tensor(float)": CacheType(1, np.float32),
+    "tensor(float16)": CacheType(10, np.float16),
+    "tensor(bfloat16)": CacheType(16, np.uint16),  # NumPy has none
+    "tensor(int8)": CacheType(3, np.int8, quantized=True),
+    "tensor(float8e4m3fn)": CacheType(17, np.uint8, quantized=True),
+}
+
+
 class KvCache:
-    """Keys and values of one sequence, each float32 [1, heads, capacity, head_dim] for each layer.
+    """Keys and values of one sequence, each `dtype` [1, heads, capacity, head_dim] for each layer.
 
     `length` positions are valid. Going back (`trim`) is O(1): the graph is told the length and ignores the rest.
     Capacity doubles when it runs out, up to `limit` positions.
     """
 
-    def __init__(self, layers: Sequence[LayerShape], limit: int) -> None:
-        self.layers, self.limit = tuple(layers), limit
+    def __init__(self, layers: Sequence[LayerShape], limit: int, dtype: type = np.float32) -> None:
+        self.layers, self.limit, self.dtype = tuple(layers), limit, dtype
         self.length = 0
         self.capacity = 0
-        self.buffers: dict[str, NDArray[np.float32]] = {}
+        self.buffers: dict[str, NDArray[Any]] = {}
         self.generation = 0  # grows with each reallocation, so that bindings know they are stale
         self.reserve(1)
 
@@ -53,7 +72,7 @@ class KvCache:
         for layer in self.layers:
             for part in ("key", "value"):
                 name = f"{layer.index}.{part}"
-                buffer = np.zeros((1, layer.heads, capacity, layer.head_dim), np.float32)
+                buffer: NDArray[Any] = np.zeros((1, layer.heads, capacity, layer.head_dim), self.dtype)
                 if self.length:
                     buffer[:, :, : self.length] = self.buffers[name][:, :, : self.length]
                 self.buffers[name] = buffer
@@ -66,8 +85,10 @@ class KvCache:
         self.length = length
 
     def valid(self) -> dict[str, NDArray[np.float32]]:
-        """The valid part of each buffer, [heads, length, head_dim], to be saved."""
-        return {name: buffer[0, :, : self.length] for name, buffer in self.buffers.items()}
+        """The valid part of each buffer, float32 [heads, length, head_dim], to be saved."""
+        return {
+            name: buffer[0, :, : self.length].astype(np.float32, copy=False) for name, buffer in self.buffers.items()
+        }
 
     def restore(self, saved: dict[str, NDArray[np.float32]], length: int) -> None:
         """Take over what `valid` gave. Raises DsoptError when it does not fit this model."""

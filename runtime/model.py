@@ -58,10 +58,12 @@ class Result:
 class Model:
     """Token ids below, text above. One model serves any number of sequences, one after the other."""
 
-    def __init__(self, artifact: Artifact, *, threads: int | None = None, context: int | None = None) -> None:
+    def __init__(
+        self, artifact: Artifact, *, threads: int | None = None, context: int | None = None, device: str = "cpu"
+    ) -> None:
         self.artifact = artifact
         with ThreadPoolExecutor(1) as aside:  # the two halves of the start-up take about as long
-            session = aside.submit(Session, artifact, threads=threads, context=context)
+            session = aside.submit(Session, artifact, threads=threads, context=context, device=device)
             self.tokenizer = Tokenizer.load(artifact.directory)
             from dsopt.runtime.template import render_chat  # jinja2, read while the session loads
 

@@ -88,6 +88,11 @@ class Sampler:
         chosen = np.searchsorted(mass, self._random.random() * mass[-1], side="right")
         return int(tokens[chosen])
 
+    @property
+    def greedy(self) -> bool:
+        """Whether it always takes the largest logit, whatever the history."""
+        return self.options.temperature == 0 and self.options.repeat_penalty == 1
+
     def distribution(self, logits: Floats, history: Sequence[int]) -> tuple[Ids, Doubles]:
         """What `__call__` draws from: the tokens that may come, and their probabilities, which sum to 1."""
         logits = self._penalise(logits, history)

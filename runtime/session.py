@@ -5,15 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
-from dsopt.runtime.artifact import Artifact
-from dsopt.runtime.errors import DsoptError, UsageError
-from dsopt.runtime.kv import KvCache, LayerShape
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the wheels upload usage data unless told not to
 
 import onnxruntime as ort
+from numpy.typing import NDArray
+
+from dsopt.runtime.artifact import Artifact
+from dsopt.runtime.errors import DsoptError, UsageError
+from dsopt.runtime.kv import CACHE_TYPES, CacheType, KvCache, LayerShape
 
 Logits = NDArray[np.float32]
 PREFILL_CHUNK = 512  # rows a run at most: bounds the activations' memory, large enough for full matrix speed
@@ -48,30 +48,56 @@ class Session:
 
     _pool_threads: int | None = None
 
-    def __init__(self, artifact: Artifact, *, threads: int | None = None, context: int | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        *,
+        threads: int | None = None,
+        context: int | None = None,
+        device: str = "cpu",
+        captured: int = 16,
+    ) -> None:
+        """`device` is cpu or cuda (`devices.choose_device` finds it). On cuda, steps of at most `captured` rows replay
+        as CUDA graphs: decode and verify, not prefill; 0 is none."""
         check_threads(threads)
-        self.artifact = artifact
-        self.threads = self._share_pool(threads or default_threads())
+        self.artifact, self.device, self._captured = artifact, device, captured
+        self.threads = self.share_pool(threads or default_threads())
         limit = artifact.manifest.model["context_length"]
         if context is not None and not 0 < context <= limit:
             raise DsoptError(f"--ctx is {context}; this model has at most {limit} positions")
         self.context = context or limit
-        self._session = _load(artifact)
+        self._session = _load(artifact, device, captured)
         self.layers = _layers(self._session)
         self.vocab_size = artifact.manifest.model["vocab_size"]
 
     @classmethod
-    def _share_pool(cls, threads: int) -> int:
+    def share_pool(cls, threads: int) -> int:
+        """Make the process's thread pool, once; returns the size it has. Sessions are made after it."""
         if cls._pool_threads is None:
             ort.set_global_thread_pool_sizes(threads, 1)
             Session._pool_threads = threads
         return cls._pool_threads or threads
 
+    @property
+    def cache_type(self) -> str:
+        """The cache's element type, as llama-bench writes it."""
+        return _LLAMA_BENCH_TYPES[_cache_type(self._session).onnx]
+
     def new_cache(self) -> KvCache:
-        return KvCache(self.layers, self.context)
+        kind = _cache_type(self._session)
+        if self.device == "cpu":
+            return KvCache(self.layers, self.context, kind.storage)
+        from dsopt.runtime.cuda import DeviceCache
+
+        return DeviceCache(self.layers, self.context, kind, self.device)
 
     def bind(self, cache: KvCache) -> "Binding":
-        return Binding(self._session, cache, self.vocab_size)
+        if self.device == "cpu":
+            return Binding(self._session, cache, self.vocab_size)
+        from dsopt.runtime.cuda import DeviceBinding, DeviceCache
+
+        assert isinstance(cache, DeviceCache)
+        return DeviceBinding(self._session, cache, self.vocab_size, self.device, self._captured)
 
 
 class Binding:
@@ -79,6 +105,8 @@ class Binding:
 
     Cache buffers are bound once for each allocation, as past and present alike; a step rebinds only what changes.
     """
+
+    picks = False  # whether `pick` spares the transfer of the logits
 
     def __init__(self, session: ort.InferenceSession, cache: KvCache, vocab_size: int) -> None:
         self.cache = cache
@@ -105,6 +133,10 @@ class Binding:
         self._session.run_with_iobinding(self._io)
         cache.length = total
         return self._logits[0]
+
+    def pick(self, ids: NDArray[np.int64], rows: int = 1) -> NDArray[np.int64]:
+        """As `run`, but returns the tokens with the largest logits, int64 [rows]."""
+        return self.run(ids, rows).argmax(-1)
 
     def _bind(self, name: str, array: NDArray[Any], to: Callable[..., None] | None = None) -> None:
         (to or self._io.bind_ortvalue_input)(name, ort.OrtValue.ortvalue_from_numpy(array))
@@ -136,13 +168,25 @@ def session_options() -> ort.SessionOptions:
     return options
 
 
-def _load(artifact: Artifact) -> ort.InferenceSession:
+def _load(artifact: Artifact, device: str, captured: int) -> ort.InferenceSession:
     options = session_options()
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device == "cuda":
+        from dsopt.runtime.cuda import cuda_options
+
+        providers = [("CUDAExecutionProvider", cuda_options(options, captured))]
     try:
-        return ort.InferenceSession(artifact.graph, options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(artifact.graph, options, providers=providers)
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         line = str(error).strip().splitlines()[0]
         raise DsoptError(f"{artifact.graph}: ONNX Runtime {ort.__version__} cannot load it: {line}") from error
+
+
+def _cache_type(session: ort.InferenceSession) -> CacheType:
+    return CACHE_TYPES[next(i.type for i in session.get_inputs() if i.name.endswith(".key"))]
+
+
+_LLAMA_BENCH_TYPES = {1: "f32", 10: "f16", 16: "bf16", 3: "i8", 17: "f8"}
 
 
 def _layers(session: ort.InferenceSession) -> list[LayerShape]:

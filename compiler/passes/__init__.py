@@ -2,17 +2,30 @@
 
 import onnx_ir as ir
 
+from dsopt.compiler.passes.emit_greedy import EmitGreedy
 from dsopt.compiler.passes.fuse_skip_norms import FuseSkipNorms
+from dsopt.compiler.passes.lower_precision import LowerPrecision
 from dsopt.compiler.passes.normalize_linears import NormalizeLinears
 from dsopt.compiler.passes.pack_projections import PackProjections
 from dsopt.compiler.passes.quantize_embedding import QuantizeEmbedding
-from dsopt.compiler.passes.quantize_linears import QuantizeLinears
+from dsopt.compiler.passes.quantize_linears import Evidence, QuantizeLinears
 from dsopt.compiler.recipe import Recipe
+from dsopt.compiler.targets import TARGETS, Target
 
-CLEAN = [NormalizeLinears()]
-FUSE = [PackProjections(), FuseSkipNorms()]
+CLEAN: list[ir.passes.InPlacePass] = [NormalizeLinears()]
+FUSE: list[ir.passes.InPlacePass] = [PackProjections(), FuseSkipNorms()]
 
 
-def pipeline(recipe: Recipe) -> list[ir.passes.InPlacePass]:
-    """clean -> quantize -> fuse. Roles are found on the clean graph; fusion comes last, it hides them."""
-    return [*CLEAN, QuantizeLinears(recipe), QuantizeEmbedding(recipe), *FUSE]
+def pipeline(
+    recipe: Recipe, target: Target = TARGETS["cpu"], evidence: Evidence | None = None
+) -> list[ir.passes.InPlacePass]:
+    """clean -> quantize -> fuse -> lower, and the target's own. Roles are found on the clean graph; fusion hides them.
+
+    `CheckKernels` looks at the result.
+    """
+    passes = [*CLEAN, QuantizeLinears(recipe, evidence), QuantizeEmbedding(recipe), *FUSE]
+    if recipe.dtype != "fp32":
+        passes.append(LowerPrecision(recipe.dtype))
+    if target.device != "cpu":
+        passes.append(EmitGreedy())
+    return passes

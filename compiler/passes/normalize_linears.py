@@ -6,7 +6,7 @@ No transposed copy is written, and a head tied to the embedding reads the same b
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
-MICROSOFT = "com.microsoft"
+from dsopt.compiler.kernels import MICROSOFT
 
 
 class _TransposedMatMul(pattern.RewriteRuleClassBase):

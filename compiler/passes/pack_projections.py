@@ -16,7 +16,12 @@ from dsopt.compiler.roles import HEAD_NORM
 from dsopt.compiler.weights import initializer, lazy
 
 # The axis of each weight input that runs over output channels.
-_OUTPUT_AXIS = {"FusedMatMul": (0,), "MatMulNBits": (0, 0, 0), "DynamicQuantizeMatMul": (1, 0)}
+_OUTPUT_AXIS = {
+    "FusedMatMul": (0,),
+    "MatMulNBits": (0, 0, 0),
+    "DynamicQuantizeMatMul": (1, 0),
+    "MatMulBlockQuantizedFp8Weight": (0, 0),
+}
 
 
 class PackProjections(ir.passes.InPlacePass):

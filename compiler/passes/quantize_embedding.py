@@ -7,7 +7,8 @@ The codes keep MatMulNBits' three dimensions [vocab, blocks, bytes], so the gath
 import numpy as np
 import onnx_ir as ir
 
-from dsopt.compiler.passes.quantize_linears import MICROSOFT, block_initializers
+from dsopt.compiler.kernels import MICROSOFT
+from dsopt.compiler.passes.quantize_linears import block_initializers
 from dsopt.compiler.recipe import Format, Recipe
 from dsopt.compiler.weights import initializer, lazy
 

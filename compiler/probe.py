@@ -1,0 +1,81 @@
+"""Which kernels the installed ONNX Runtime has for a provider: found by making sessions, not by version.
+
+ONNX Runtime's own list (`get_all_opkernel_def`) loads every provider that the wheel was built for and ends the process
+where the libraries of one are missing, which is the normal case for TensorRT. A session of one node asks the same.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
+
+import onnxruntime as ort
+
+from dsopt.compiler.chains import Body, Chain, body_chain, linear_chain
+from dsopt.compiler.recipe import Format
+from dsopt.compiler.targets import Target, find_target
+from dsopt.runtime.devices import missing_provider
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.files import cache_dir, write_atomically
+from dsopt.runtime.session import Session
+
+_SIZE = 128  # N = K of the layers tried
+
+
+@cache
+def probed(name: str) -> Target:
+    """The target of this name with the formats that have a kernel in this ONNX Runtime.
+
+    Where the provider cannot be loaded the record stands. Asked once for each version: in a process of its own, whose
+    thread pool does not become this one's.
+    """
+    target = find_target(name)
+    if missing_provider(target.provider):
+        return target
+    path = cache_dir() / "kernels" / f"probe-{name}-{ort.__version__}.json"
+    try:
+        return _with_linears(target, path.read_bytes())
+    except (OSError, ValueError, AttributeError, TypeError):
+        command = [sys.executable, "-m", "dsopt.compiler.probe", target.name]
+        done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode:
+            raise DsoptError(f"{target.provider}: asking for its kernels ended with {done.returncode}") from None
+        write_atomically(path, done.stdout)
+        return _with_linears(target, done.stdout)
+
+
+def _with_linears(target: Target, data: bytes) -> Target:
+    linears = {str(dtype): tuple(map(str, formats)) for dtype, formats in json.loads(data).items()}
+    return dataclasses.replace(target, linears=linears)
+
+
+def probe(target: Target) -> dict[str, tuple[str, ...]]:
+    """By float type, those of the entry's formats that a session can be made of; no float type without attention."""
+    found = {}
+    for dtype, formats in target.linears.items():
+        if _has_attention(target, dtype):
+            found[dtype] = tuple(form for form in formats if _has_linear(form, target, dtype))
+    return found
+
+
+def _has_attention(target: Target, dtype: str) -> bool:
+    return _can_make(lambda: body_chain(Body(_SIZE, _SIZE, 2, 1, 64), 1, 1, target, dtype))
+
+
+def _has_linear(form: str, target: Target, dtype: str) -> bool:
+    return _can_make(lambda: linear_chain(Format.parse(form), _SIZE, _SIZE, 1, target, dtype))
+
+
+def _can_make(make: Callable[[], Chain]) -> bool:
+    try:
+        make()
+    except Exception:  # onnxruntime's have no common base; a missing kernel is one of them
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    Session.share_pool(1)
+    print(json.dumps(probe(find_target(sys.argv[1]))))

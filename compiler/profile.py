@@ -1,0 +1,143 @@
+"""The kernel table of this machine: how long one linear layer takes, by shape, weight format and number of rows.
+
+Measured, not modelled: which kernel is fastest depends on the processor, the library and the number of rows in ways
+that no table of peak rates tells. It takes seconds, once; what was measured is kept in the user's cache.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from hashlib import sha256
+from typing import Any
+
+import onnxruntime as ort
+
+from dsopt.compiler.chains import Body, Chain, body_chain, forget_pools, linear_chain
+from dsopt.compiler.kernel_table import Cell, KernelTable, canonical
+from dsopt.compiler.recipe import Format
+from dsopt.compiler.targets import find_target
+from dsopt.runtime.files import cache_dir, write_atomically
+from dsopt.runtime.machine import cpu_name, gpu_name
+from dsopt.runtime.session import Session, default_threads
+
+ROWS = (1, 2, 4, 8, 16, 128, 512)
+FORMATS = ("none", "int4", "int4-zp", "int4-b64", "int4-b128", "int8", "int8-b64", "w8a8")
+PAST = 256  # cached positions behind which attention is timed
+
+_TRAFFIC = 64 << 20  # bytes of weights a run reads at least: more than a cache holds
+_FEW_ROWS = 32  # from here on arithmetic hides the reading, and a short chain tells as much
+_SHORT, _LONGEST, _BODIES = 2, 400, 8  # copies then, at most, and of blocks
+_MOST = 1 << 33  # multiplications of a cell; larger ones are left to extrapolation
+_ROUNDS = 3, 10  # at least, at most; the first is slower, it warms up
+
+Progress = Callable[[int, int], None]  # cells measured, cells in all
+Shape = tuple[int, int]  # N, K
+
+
+def measure(
+    shapes: Iterable[Shape],
+    rows: Sequence[int] = ROWS,
+    formats: Iterable[Format | str] = FORMATS,
+    target: str = "cpu",
+    *,
+    dtype: str | None = None,
+    body: Body | None = None,
+    threads: int | None = None,
+    budget: float = 20.0,
+    progress: Progress = lambda done, total: None,
+) -> KernelTable:
+    """The table of these (N, K) shapes; only what the cache has not is measured, in about `budget` seconds.
+
+    Each time is the least of several rounds in which the formats of a shape take turns: what else runs on the machine
+    slows all of them. `dtype` is that of activations and scales, the target's first unless said; `body` asks for the
+    times of what stands between the linear layers too.
+    """
+    chosen = find_target(target)
+    floats = dtype or chosen.dtypes[0]
+    threads = Session.share_pool(threads or default_threads())
+    store = _Store(_machine(chosen.name, floats, threads))
+    forms = list(dict.fromkeys(canonical(form) for form in formats))
+    wanted = [(n, k, f, m) for n, k in dict.fromkeys(shapes) for f in forms for m in rows if n * k * m <= _MOST]
+    groups = _by_shape(cell for cell in wanted if cell not in store.cells)
+
+    def make(cell: Cell) -> Chain:
+        n, k, form, few = cell
+        return linear_chain(Format.parse(form), n, k, _copies(form, n, k, few), chosen, floats)
+
+    deadline, total = time.perf_counter() + budget, sum(map(len, groups))
+    for number, cells in enumerate(groups):
+        share = (deadline - time.perf_counter()) / (len(groups) - number)
+        store.add(_least(cells, make, share))
+        progress(sum(map(len, groups[: number + 1])), total)
+    bodies: dict[int, float] = {}
+    if body is not None:
+        asked = [(0, 0, f"{body.name}@{PAST}", m) for m in rows]
+        missing = [cell for cell in asked if cell not in store.cells]
+        store.add(_least(missing, lambda _: body_chain(body, PAST, _BODIES, chosen, floats), budget / 10))
+        bodies = {cell[3]: store.cells[cell] for cell in asked}
+    forget_pools()
+    return KernelTable(store.machine, {cell: store.cells[cell] for cell in wanted}, bodies)
+
+
+def _by_shape(cells: Iterable[Cell]) -> list[list[Cell]]:
+    groups: dict[Shape, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell[0], cell[1]), []).append(cell)
+    return list(groups.values())
+
+
+def _copies(form: str, n: int, k: int, rows: int) -> int:
+    if rows >= _FEW_ROWS:
+        return _SHORT
+    nbytes = Format.parse(form).nbytes(n, k)
+    return min(-(-_TRAFFIC // nbytes), _LONGEST)
+
+
+def _least(cells: Sequence[Cell], make: Callable[[Cell], Chain], seconds: float) -> dict[Cell, float]:
+    """The least time of each cell in rounds over all of them, until `seconds` are over."""
+    chains: dict[tuple[str, bool], Chain] = {}
+    best: dict[Cell, float] = {}
+    end = time.perf_counter() + seconds
+    for count in range(_ROUNDS[1]):
+        if count >= _ROUNDS[0] and time.perf_counter() > end:
+            break
+        for cell in sorted(cells, key=lambda cell: cell[3]):  # the formats of a number of rows side by side
+            key = cell[2], cell[3] >= _FEW_ROWS
+            if key not in chains:
+                chains[key] = make(cell)
+            best[cell] = min(best.get(cell, float("inf")), chains[key].seconds(cell[3]))
+    return best
+
+
+def _machine(target: str, dtype: str, threads: int) -> dict[str, Any]:
+    """What the times depend on."""
+    return {
+        "device": cpu_name() if target == "cpu" else gpu_name(),
+        "target": target,
+        "dtype": dtype,
+        "threads": threads,
+        "onnxruntime": ort.__version__,
+    }
+
+
+class _Store:
+    """The cells known of one machine, in a file of the user's cache."""
+
+    def __init__(self, machine: Mapping[str, Any]) -> None:
+        self.machine = machine
+        digest = sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()
+        self._path = cache_dir() / "kernels" / f"{digest[:16]}.json"
+        self.cells = self._read()
+
+    def _read(self) -> dict[Cell, float]:
+        try:
+            data = json.loads(self._path.read_bytes())
+            return {(int(n), int(k), str(form), int(m)): float(t) for n, k, form, m, t in data["cells"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # nothing measured yet, or a damaged file: measure
+
+    def add(self, cells: Mapping[Cell, float]) -> None:
+        """Take them up and write the file; what another process wrote meanwhile stays."""
+        self.cells = {**self._read(), **self.cells, **cells}
+        data = {"machine": self.machine, "cells": [[*cell, seconds] for cell, seconds in sorted(self.cells.items())]}
+        write_atomically(self._path, json.dumps(data).encode())

@@ -1,0 +1,97 @@
+"""What a compiled graph may hold, by the execution provider that will run it. Another provider is another entry.
+
+An entry says which kernels there are. It is the record of a probe (`compiler/probe.py`) of ONNX Runtime 1.31.1, which
+stands where the provider cannot be loaded, as when a graph for a GPU is compiled on a machine without one.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dsopt.runtime.errors import DsoptError, UsageError
+
+_BLOCKS = (16, 32, 64, 128, 256)
+_NBITS = tuple(
+    f"int{bits}{zero}{'' if block == 32 else f'-b{block}'}"
+    for bits, zero, block in itertools.product((4, 8), ("", "-zp"), _BLOCKS)
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """An execution provider, as its graphs see it.
+
+    `linears`: by float type of the activations (the first is the default) the formats of linear layers that have a
+    kernel. `operators`: the float types of every other operator, () where floats do not matter.
+    """
+
+    name: str
+    provider: str
+    device: str  # as OrtValue and IO binding call it
+    linears: Mapping[str, tuple[str, ...]]
+    operators: Mapping[str, tuple[str, ...]]
+    largest_head: int  # values of an attention head
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return tuple(self.linears)
+
+    def check_dtype(self, dtype: str | None) -> str:
+        """`dtype`, or the default. Raises DsoptError on one that has no kernels here."""
+        if dtype is None:
+            return self.dtypes[0]
+        if dtype not in self.dtypes:
+            raise DsoptError(f"--dtype {dtype}: {self.name} has kernels for {', '.join(self.dtypes)}")
+        return dtype
+
+
+_FLOAT_OPERATORS = (
+    "GroupQueryAttention",
+    "SkipSimplifiedLayerNormalization",
+    "RMSNormalization",
+    "GatherBlockQuantized",
+    "Gather",
+    "Slice",
+    "Split",
+    "Sigmoid",
+    "Mul",
+    "Add",
+    "Reshape",
+    "Unsqueeze",
+    "Cast",
+)
+_INTEGER_OPERATORS = ("ReduceSum", "Sub", "Shape", "Squeeze", "TopK")
+
+
+def _operators(*dtypes: str) -> dict[str, tuple[str, ...]]:
+    return dict.fromkeys(_FLOAT_OPERATORS, dtypes) | dict.fromkeys(_INTEGER_OPERATORS, ())
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target(
+            "cpu",
+            "CPUExecutionProvider",
+            "cpu",
+            {"fp32": ("none", "w8a8", *_NBITS)},
+            _operators("fp32"),
+            largest_head=1 << 16,
+        ),
+        Target(
+            "cuda",
+            "CUDAExecutionProvider",
+            "cuda",
+            {"fp16": ("none", "fp8", *_NBITS), "bf16": ("none", "fp8", *_NBITS)},
+            _operators("fp16", "bf16"),
+            largest_head=256,
+        ),
+    )
+}
+
+
+def find_target(name: str) -> Target:
+    """Raises UsageError on an unknown name."""
+    if name not in TARGETS:
+        raise UsageError(f"--target is {name!r}; it must be one of {', '.join(TARGETS)}")
+    return TARGETS[name]

@@ -1,0 +1,185 @@
+"""Running on a device of its own memory: caches and bindings whose buffers stay there.
+
+Steps of few rows are captured as CUDA graphs, one for each number of rows: the graph replays with fixed addresses and
+shapes, so each width has buffers of its own, and the attention mask is as long as the cache, ones and then zeros. The
+number of ones tells attention the real length; the mask's own length is only an upper bound (see ONNX Runtime's
+"CUDA graphs" and GroupQueryAttention's `seqlens_k` and `total_sequence_length`).
+"""
+
+import itertools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.kv import CacheType, KvCache, LayerShape
+from dsopt.runtime.session import Binding, Logits
+
+CAPTURED = 16  # rows of a step at most that replays as a graph: decode and verify, not prefill
+_NOT_CAPTURED = "-1"
+
+
+class DeviceCache(KvCache):
+    """As KvCache, with its buffers on a device. Growing copies through the host: rare, and once per doubling."""
+
+    def __init__(self, layers: Sequence[LayerShape], limit: int, kind: CacheType, device: str) -> None:
+        self.kind, self._device = kind, device
+        self.values: dict[str, ort.OrtValue] = {}
+        super().__init__(layers, limit)
+
+    def _grow(self, capacity: int) -> None:
+        for layer in self.layers:
+            for part in ("key", "value"):
+                name = f"{layer.index}.{part}"
+                host: NDArray[Any] = np.zeros((1, layer.heads, capacity, layer.head_dim), self.kind.storage)
+                if self.length:
+                    host[:, :, : self.length] = self.values[name].numpy()[:, :, : self.length]
+                self._put(name, host)
+        self.capacity = capacity
+        self.generation += 1
+
+    def _put(self, name: str, host: NDArray[Any]) -> None:
+        self.values[name] = ort.OrtValue.ortvalue_from_numpy(host, self._device, 0)
+
+    def valid(self) -> dict[str, NDArray[np.float32]]:
+        """The valid part of each buffer, float32 [heads, length, head_dim], to be saved."""
+        self._check_kind()
+        return {name: _widen(value.numpy()[0, :, : self.length]) for name, value in self.values.items()}
+
+    def restore(self, saved: dict[str, NDArray[np.float32]], length: int) -> None:
+        """Take over what `valid` gave. Raises DsoptError when it does not fit this model."""
+        self._check_kind()
+        self.length = 0
+        self.reserve(max(length, 1))
+        for layer, part in itertools.product(self.layers, ("key", "value")):
+            name = f"{layer.index}.{part}"
+            found = saved.get(name)
+            if found is None or found.shape != (layer.heads, length, layer.head_dim):
+                raise DsoptError(f"the saved state does not fit this model (cache {name})")
+            host: NDArray[Any] = np.zeros((1, layer.heads, self.capacity, layer.head_dim), self.kind.storage)
+            host[0, :, :length] = _narrow(found, self.kind.storage)
+            self.values[name].update_inplace(host)
+        self.length = length
+
+    def _check_kind(self) -> None:
+        if self.kind.quantized:
+            raise DsoptError("a quantized cache cannot be saved or restored; compile the model with --kv-cache auto")
+
+
+def _widen(array: NDArray[Any]) -> NDArray[np.float32]:
+    if array.dtype == np.uint16:  # bfloat16 is the upper half of a float32
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def _narrow(array: NDArray[np.float32], storage: type) -> NDArray[Any]:
+    """The inverse of `_widen`, exact for what it gave."""
+    if storage is np.uint16:
+        return (np.ascontiguousarray(array).view(np.uint32) >> 16).astype(np.uint16)
+    return array.astype(storage)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The buffers of one number of rows in and out; their addresses stay for the life of the cache's allocation."""
+
+    io: ort.IOBinding
+    options: ort.RunOptions
+    ids: ort.OrtValue
+    mask: ort.OrtValue
+    outputs: dict[str, ort.OrtValue]
+    keep: tuple[Any, ...]  # what the binding points to
+
+
+class DeviceBinding(Binding):
+    """A session bound to one DeviceCache; `run` appends tokens to the sequence, `pick` too and returns only ids.
+
+    `captured`: steps of at most that many rows replay as CUDA graphs; 0 is none.
+    """
+
+    _graphs = itertools.count(1)  # ids of captured graphs, unique in a process
+
+    def __init__(
+        self, session: ort.InferenceSession, cache: DeviceCache, vocab_size: int, device: str, captured: int
+    ) -> None:
+        self.cache: DeviceCache = cache
+        self._session, self._vocab, self._device, self._captured = session, vocab_size, device, captured
+        self._steps: dict[tuple[int, int], _Step] = {}
+        self._generation = -1
+        self.picks = any(output.name == "greedy" for output in session.get_outputs())
+
+    def run(self, ids: NDArray[np.int64], rows: int = 1) -> Logits:
+        """Append ids int64 [n]; returns logits float32 [rows, vocab] of the last `rows` of them.
+
+        Raises DsoptError when the context is full; on any failure the cache is as before.
+        """
+        return self._advance(ids, rows).outputs["logits"].numpy()[0]
+
+    def pick(self, ids: NDArray[np.int64], rows: int = 1) -> NDArray[np.int64]:
+        """As `run`, but returns the tokens with the largest logits, int64 [rows]: the logits stay on the device."""
+        return self._advance(ids, rows).outputs["greedy"].numpy()[0, :, 0]
+
+    def _advance(self, ids: NDArray[np.int64], rows: int) -> _Step:
+        cache, total = self.cache, self.cache.length + len(ids)
+        cache.reserve(total)
+        if cache.generation != self._generation:
+            self._steps, self._generation = {}, cache.generation
+        # A chunk of a prompt has a mask exactly as long as the sequence: attention's prefill wants it.
+        fixed = len(ids) <= max(self._captured, 1)
+        step = self._fixed_step(len(ids), rows) if fixed else self._make(len(ids), rows, total, _NOT_CAPTURED)
+        step.ids.update_inplace(np.ascontiguousarray(ids, np.int64)[None])
+        if fixed:
+            step.mask.update_inplace((np.arange(cache.capacity) < total).astype(np.int64)[None])
+        self._session.run_with_iobinding(step.io, step.options)
+        cache.length = total
+        return step
+
+    def _fixed_step(self, count: int, rows: int) -> _Step:
+        key = (count, rows)
+        if key not in self._steps:
+            graph = str(next(self._graphs)) if count <= self._captured else _NOT_CAPTURED
+            self._steps[key] = self._make(count, rows, self.cache.capacity, graph)
+        return self._steps[key]
+
+    def _make(self, count: int, rows: int, length: int, graph: str) -> _Step:
+        io, options = self._session.io_binding(), ort.RunOptions()
+        options.add_run_config_entry("gpu_graph_id", graph)
+        ids = self._new(np.zeros((1, count), np.int64))
+        mask = self._new(np.ones((1, length), np.int64))
+        start = ort.OrtValue.ortvalue_from_numpy(np.array([-rows], np.int64))  # read by the host
+        for name, value in (("input_ids", ids), ("attention_mask", mask), ("logits_start", start)):
+            io.bind_ortvalue_input(name, value)
+        outputs = {"logits": self._new(np.zeros((1, rows, self._vocab), np.float32))}
+        if self.picks:
+            outputs["greedy"] = self._new(np.zeros((1, rows, 1), np.int64))
+        for name, value in outputs.items():
+            io.bind_ortvalue_output(name, value)
+        self._point_at_cache(io)
+        return _Step(io, options, ids, mask, outputs, (start,))
+
+    def _point_at_cache(self, io: ort.IOBinding) -> None:
+        """By pointer: the buffer's NumPy type is only of the same width as the graph's type."""
+        for name, value in self.cache.values.items():
+            where = self._device, 0, self.cache.kind.onnx, value.shape(), value.data_ptr()
+            io.bind_input(f"past_key_values.{name}", *where)
+            io.bind_output(f"present.{name}", *where)
+
+    def _new(self, array: NDArray[Any]) -> ort.OrtValue:
+        return ort.OrtValue.ortvalue_from_numpy(array, self._device, 0)
+
+
+def cuda_options(session: ort.SessionOptions, captured: int) -> dict[str, str]:
+    """Options of the CUDA provider; what belongs to the session is set there.
+
+    4- and 8-bit weights whose shape allows it (blocks of 32 without zero points, N a multiple of 64 or 32) are
+    rearranged at load for the CUTLASS kernels, unless $ORT_FPA_INTB_GEMM decides.
+    """
+    if "ORT_FPA_INTB_GEMM" not in os.environ:
+        session.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")
+    session.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    return {"enable_cuda_graph": str(int(captured > 0))}
