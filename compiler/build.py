@@ -85,7 +85,7 @@ def plan(
     Tokenizer.from_bytes(checkpoint.files["tokenizer.json"], checkpoint.source.path / "tokenizer.json")
     _check_names(checkpoint, config)
     if draft:
-        check_target(draft, config)
+        _check_draft(draft, config, chosen.name, pruning)
     taps = draft.config.taps if draft else ()
     model = export(family.Model, config, taps)
     if config.tie_word_embeddings:
@@ -129,6 +129,15 @@ def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) ->
     if plan.drafter and drafter:
         package.remember_hashes(out / plan.drafter.directory, drafter.files)
     return manifest
+
+
+def _check_draft(draft: DraftCheckpoint, config: Any, target: str, pruning: Pruning) -> None:
+    """Raises DsoptError where the drafter could not follow the model."""
+    check_target(draft, config)
+    if target != "cpu":
+        raise DsoptError(f"--draft: drafters run on the cpu alone so far, the target is {target}; give --target cpu")
+    if pruning:
+        raise DsoptError(f"--draft: the drafter knows the whole model, not one pruned by {pruning.text}; leave out one")
 
 
 def _check_names(checkpoint: Checkpoint, config: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from dsopt.cli.compile import compile_model
+from dsopt.cli.compile import Order, compile_model
 from dsopt.cli.main import app
 from dsopt.runtime.artifact import open_artifact
 
@@ -29,8 +29,8 @@ def test_a_pair_is_compiled_once(
     assert (artifact.manifest.drafters, artifact.manifest.taps) == (("draft-dspark",), (0, 2))
     from dsopt.compiler import build
 
-    monkeypatch.setattr(build, "plan", lambda *_: pytest.fail("compiled again"))
-    again = compile_model(str(pair.target), quant="none", draft=str(pair.drafter))
+    monkeypatch.setattr(build, "plan", lambda *_, **__: pytest.fail("compiled again"))
+    again = compile_model(str(pair.target), order=Order("none", draft=str(pair.drafter)))
     assert again == made
 
 

@@ -20,6 +20,7 @@ from dsopt.compiler.checkpoint import open_checkpoint
 from dsopt.compiler.drafters import dspark, eagle3
 from dsopt.compiler.drafters.checkpoint import open_drafter
 from dsopt.compiler.drafters.config import DraftConfig, check_layout
+from dsopt.compiler.pruning.options import Pruning
 from dsopt.compiler.recipe import Recipe
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.drafters.deepspec import open_deepspec
@@ -96,7 +97,7 @@ def pair(tiny_llama_dir: Callable[..., Path], tmp_path: Path) -> tuple[Path, Pat
 
 
 def plan_pair(target: Path, drafter: Path, recipe: str = "none") -> Any:
-    return build.plan(open_checkpoint(str(target)), Recipe.parse(recipe), open_drafter(str(drafter)))
+    return build.plan(open_checkpoint(str(target)), Recipe.parse(recipe), draft=open_drafter(str(drafter)))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +114,18 @@ def test_a_drafter_of_another_target_is_refused(
     drafter = write_drafter(tmp_path / "other", pair[0], DRAFTERS["vanilla"][1], **change)
     with pytest.raises(DsoptError, match=reason):
         plan_pair(pair[0], drafter)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"target": "cuda"}, "on the cpu alone"), ({"pruning": Pruning(layers=1)}, "pruned by layers=1")],
+)
+def test_targets_that_a_drafter_cannot_follow(
+    options: dict[str, Any], reason: str, pair: tuple[Path, Path], exported_once: None
+) -> None:
+    target, drafter = open_checkpoint(str(pair[0])), open_drafter(str(pair[1]))
+    with pytest.raises(DsoptError, match=reason):
+        build.plan(target, Recipe.parse("none"), draft=drafter, **options)
 
 
 @pytest.mark.parametrize(
@@ -159,7 +172,7 @@ def test_embedding_and_head_are_stored_once(recipe: str, compile_pair: Callable[
     assert not [name for name in own if name.startswith("drafter.embed") or name.startswith("drafter.lm_head")]
     assert not [name for name in manifest["borrowed"]["context.onnx"] if "embed" in name]
     plan_bytes = build.plan(
-        open_checkpoint(str(made.target)), Recipe.parse(recipe), open_drafter(str(made.drafter))
+        open_checkpoint(str(made.target)), Recipe.parse(recipe), draft=open_drafter(str(made.drafter))
     ).drafter.nbytes  # fmt: skip
     files = sum(path.stat().st_size for path in draft.glob("*.data"))
     assert abs(plan_bytes - files) < 8192 * 4  # small tensors stay in the graph, large ones are padded to pages
@@ -191,8 +204,10 @@ def draft_of(artifact: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["vanilla", "rnn", "dflash", "eagle3"])
-@pytest.mark.parametrize(("recipe", "kernel"), [("int8", "MatMulNBits"), ("int4-zp", "MatMulNBits"),
-                                                ("w8a8", "DynamicQuantizeMatMul")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("recipe", "kernel"),
+    [("int8", "MatMulNBits"), ("int4-zp", "MatMulNBits"), ("w8a8", "DynamicQuantizeMatMul")],
+)
 def test_a_drafter_is_quantized_by_the_recipe(
     name: str, recipe: str, kernel: str, compile_pair: Callable[..., Any]
 ) -> None:
