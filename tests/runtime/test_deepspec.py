@@ -13,7 +13,9 @@ from deepspec_tiny import Reference
 
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.drafters import Draft
+from dsopt.runtime.drafters.cost import draft_cost
 from dsopt.runtime.drafters.deepspec import open_deepspec
+from dsopt.runtime.drafters.graph import CachedGraph
 from dsopt.runtime.drafters.manifest import save_temperatures
 from dsopt.runtime.sampling import Sampling
 from dsopt.runtime.session import Session
@@ -245,3 +247,30 @@ def test_text_with_a_drafter_is_the_text_without(name: str, compile_pair: Callab
     _, taps = target(text[:known])
     fresh.accept(text[:known], taps)
     assert fresh.draft(text[known], 4).tokens == drafter.draft(text[known], 4).tokens
+
+
+def test_the_cost_of_a_round_is_split(compile_pair: Callable[..., Any]) -> None:
+    drafter = drafter_of(compile_pair("vanilla"))
+    taps = random_taps(drafter)
+    before = drafts(drafter, taps, [20])
+    cost = draft_cost(drafter, depth=50, rows=3, repeats=5)
+    assert 0 < cost.ingest < 1
+    assert 0 < cost.block < 1
+    assert 0 <= cost.chain < 1
+    assert drafts(drafter, taps, [20]) == before
+
+
+def test_a_block_can_run_without_its_chain(compile_pair: Callable[..., Any]) -> None:
+    """What `draft_cost` times: the same candidates, and nothing of the chain is computed."""
+    pair = compile_pair("vanilla")
+    drafter = drafter_of(pair)
+    drafts(drafter, random_taps(drafter), [20])
+    expected = drafter._block.outputs["candidates"].copy()
+    alone = CachedGraph(drafter.graph, drafter.manifest, {"candidates": np.zeros((4, 64), np.int64)})
+    alone.cache.reserve(24)
+    for name, buffer in alone.cache.buffers.items():
+        buffer[:, :, :20] = drafter._cache.buffers[name][:, :, :20]
+    alone.cache.length = 20
+    noise = np.full((4, 64), np.nan)  # only the chain would read it
+    alone.run({"input_ids": drafter._ids, "noise": noise}, 4)
+    assert (alone.outputs["candidates"] == expected).all()
