@@ -53,6 +53,8 @@ _FLOAT_OPERATORS = (
     "Gather",
     "Slice",
     "Split",
+    "Concat",
+    "AveragePool",
     "Sigmoid",
     "Mul",
     "Add",

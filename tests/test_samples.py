@@ -82,3 +82,9 @@ def test_random_drafter(run: Callable[..., subprocess.CompletedProcess[str]], tm
     assert done.stdout == f"{out}\n"
     assert json.loads((out / "draft-dspark" / "draft.json").read_text())["steps"] == 7
     assert len(run("dsopt", "generate", "-m", out, "--raw", "a", "-n", "3").stdout) > 0
+
+
+def test_editing_prompts_are_what_bench_reads() -> None:
+    lines = [json.loads(line) for line in (SAMPLES / "editing.jsonl").read_text().splitlines()]
+    assert len(lines) >= 8
+    assert all(set(line) == {"category", "prompt"} and len(line["prompt"].split()) > 100 for line in lines)

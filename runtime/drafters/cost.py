@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dsopt.runtime.drafters.deepspec import BlockDrafter
 from dsopt.runtime.drafters.graph import CachedGraph
@@ -23,10 +24,8 @@ class DraftCost:
 def draft_cost(drafter: BlockDrafter, depth: int, rows: int, repeats: int = 9) -> DraftCost:
     """A draft behind `depth` positions, after a round that accepted `rows`. The drafter forgets its sequence."""
     shape, steps = drafter.manifest.model, drafter.manifest.steps
-    hidden = np.random.default_rng(0).normal(
-        size=(depth + rows * (repeats + 1), len(drafter.taps), shape["hidden_size"])
-    )
-    hidden = hidden.astype(np.float32)
+    size = (depth + rows * (repeats + 1), len(drafter.taps), shape["hidden_size"])
+    hidden: NDArray[np.float32] = np.random.default_rng(0).normal(size=size).astype(np.float32)
     candidates = np.empty((steps, drafter.manifest.candidates), np.int64)
     without_chain = CachedGraph(drafter.graph, drafter.manifest, {"candidates": candidates})
     inputs = {"input_ids": np.zeros((1, steps), np.int64), "noise": np.zeros(candidates.shape)}
