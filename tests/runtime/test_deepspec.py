@@ -228,7 +228,7 @@ class Helped:
 def test_text_with_a_drafter_is_the_text_without(name: str, compile_pair: Callable[..., Any]) -> None:
     pair = compile_pair(name)
     model = Model(open_artifact(pair.artifact), threads=1)
-    prompt = TOKENS[:9]
+    model.end, prompt = frozenset(), TOKENS[:9]
     plain = [piece.step.token for piece in model.stream(prompt, limit=40)]
     opened = open_drafter(str(next(pair.artifact.glob("draft-*"))), model, Sampling())
     helped = Helped(opened, [*prompt, *plain])
