@@ -86,6 +86,11 @@ class BlockDrafter:
         self._waiting: list[Floats] = []
         self.begin()
 
+    @property
+    def room(self) -> int:
+        """Positions that it can hold, those of a draft included."""
+        return self._cache.limit
+
     def begin(self) -> None:
         self._cache.trim(0)
         self._waiting.clear()

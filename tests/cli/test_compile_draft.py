@@ -57,3 +57,17 @@ def test_the_plan_counts_the_drafter(dsopt: Callable[..., Result], compile_pair:
     assert drafter["name"] == "draft-dspark"
     assert alone["drafters"] == []
     assert both["bytes"] == alone["bytes"] + drafter["bytes"]
+
+
+@pytest.mark.parametrize(("name", "split"), [("vanilla", True), ("eagle3", False)])
+def test_bench_splits_the_cost_of_a_block(name: str, split: bool, compile_pair: Callable[..., Any]) -> None:
+    artifact = compile_pair(name).artifact
+    (drafter,) = artifact.glob("draft-*")
+    options = ["--spec", str(drafter), "--synthetic-accept", "0.8"]
+    done = CliRunner().invoke(app, ["bench", str(artifact), *options, "-o", "jsonl", "--threads", "1"])
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert all(row["draft_ms"] > 0 and row["verify_ms"] > 0 and row["break_even_length"] > 0 for row in rows)
+    assert {"ingest_ms", "block_ms", "chain_ms"} <= set(rows[0]) if split else "ingest_ms" not in rows[0]
+    table = CliRunner().invoke(app, ["bench", str(artifact), *options, "--threads", "1"]).stdout
+    assert ("chain ms" in table) == split
