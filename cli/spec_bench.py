@@ -13,6 +13,7 @@ from dsopt.runtime.errors import DsoptError, UsageError
 
 if TYPE_CHECKING:
     from dsopt.runtime.artifact import Artifact
+    from dsopt.runtime.drafters import Drafter
     from dsopt.runtime.model import Model
     from dsopt.runtime.spec_measure import Comparison, Prospect, Task
     from dsopt.runtime.speculate import Speculation
@@ -205,14 +206,27 @@ def _print_prospects(model: "Model", options: SpecOptions) -> Iterator[str]:
     assert options.accept is not None
     drafter = open_drafter(options.kind, model, Sampling())
     curve = verify_curve(model.session, note_measuring, fresh=True)
-    records = [_prospect(p, options.accept) for p in prospects(curve, options.accept, drafter, model)]
+    split = _split(drafter)
+    records = [_prospect(p, options.accept) | split for p in prospects(curve, options.accept, drafter, model)]
     if options.output == "md":
         titles = ["drafted", "draft ms", "verify ms", "break-even tokens", f"tokens at {options.accept:g}", "speedup"]
+        titles += [name.replace("_", " ") for name in split]
         cells = ([f"{value:.2f}" if isinstance(value, float) else str(value) for value in _shown(r)] for r in records)
         yield from report.markdown([report.Column(title) for title in titles], cells)
     else:
         forms = {"json": lambda: iter([report.json_text(records)]), "jsonl": lambda: report.json_lines(records)}
         yield from forms.get(options.output, lambda: report.csv_lines(records))()
+
+
+def _split(drafter: "Drafter | None") -> dict[str, float]:
+    """Of a drafter with blocks: what it takes to read a round's rows, and the parts of a draft."""
+    from dsopt.runtime.drafters.cost import draft_cost
+    from dsopt.runtime.drafters.deepspec import BlockDrafter
+
+    if not isinstance(drafter, BlockDrafter):
+        return {}
+    cost = draft_cost(drafter, depth=min(512, drafter.room // 2), rows=4)
+    return {"ingest_ms": 1e3 * cost.ingest, "block_ms": 1e3 * cost.block, "chain_ms": 1e3 * cost.chain}
 
 
 def _prospect(prospect: "Prospect", accept: float) -> dict[str, Any]:

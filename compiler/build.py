@@ -90,7 +90,7 @@ def plan(
     Tokenizer.from_bytes(checkpoint.files["tokenizer.json"], checkpoint.source.path / "tokenizer.json")
     _check_names(checkpoint, config)
     if draft:
-        check_target(draft, config)
+        _check_draft(draft, config, chosen.name, pruning)
     taps = draft.config.taps if draft else ()
     model = export(family.Model, config, taps)
     if config.tie_word_embeddings:
@@ -145,6 +145,15 @@ def add_draft(plan: Plan, name: str, draft: Plan) -> Plan:
     """The plan with another one to be written to the directory `name` inside, as a drafter."""
     manifest = dataclasses.replace(plan.manifest, drafters=(*plan.manifest.drafters, name))
     return dataclasses.replace(plan, manifest=manifest, drafts={**plan.drafts, name: draft})
+
+
+def _check_draft(draft: DraftCheckpoint, config: Any, target: str, pruning: Pruning) -> None:
+    """Raises DsoptError where the drafter could not follow the model."""
+    check_target(draft, config)
+    if target != "cpu":
+        raise DsoptError(f"--draft: drafters run on the cpu alone so far, the target is {target}; give --target cpu")
+    if pruning:
+        raise DsoptError(f"--draft: the drafter knows the whole model, not one pruned by {pruning.text}; leave out one")
 
 
 def _check_names(checkpoint: Checkpoint, config: Any) -> None:

@@ -62,7 +62,7 @@ _FLOAT_OPERATORS = (
     "Unsqueeze",
     "Cast",
 )
-_INTEGER_OPERATORS = ("ReduceSum", "Sub", "Shape", "Squeeze", "TopK")
+_INTEGER_OPERATORS = ("ReduceSum", "Sub", "Shape", "Squeeze", "TopK", "Constant")
 
 
 def _operators(*dtypes: str) -> dict[str, tuple[str, ...]]:

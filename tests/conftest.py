@@ -177,8 +177,17 @@ def tiny_artifact(compile_tiny: Callable[..., Path]) -> Path:
 def exported_once() -> Iterator[None]:
     """Trace each configuration once a session: a trace takes seconds, a clone of its graph none."""
     from dsopt.compiler import build
+    from dsopt.compiler import export as exporting
+    from dsopt.compiler.drafters import graphs
 
     export, made = build.export, {}
+    trace = exporting.trace
+
+    def retrace(module: Any, example: Any, named: int = 0) -> Any:
+        key = repr((module, [(tensor.shape, tensor.dtype) for tensor, _ in example]))
+        if key not in made:
+            made[key] = trace(module, example, named)
+        return made[key]
 
     def reuse(family: Any, config: Any, taps: Any = ()) -> Any:
         key = repr((family, dataclasses.replace(config, tie_word_embeddings=False), taps))  # tying comes afterwards
@@ -188,6 +197,8 @@ def exported_once() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "export", reuse)
+        patch.setattr(exporting, "trace", retrace)
+        patch.setattr(graphs, "trace", retrace)
         yield
 
 

@@ -31,16 +31,16 @@ BLOCK = {
     "num_anchors": 8, "target_layer_ids": [0, 2], "enable_confidence_head": False, "markov_rank": 0,
 }  # fmt: skip
 DSPARK = {**BLOCK, "enable_confidence_head": True, "markov_rank": 32}
+ONE = {"num_hidden_layers": 1}  # a trace takes as long as there are layers
+LLAMA = TARGET | {"model_type": "llama"}
 # By name: the target's own fields, and the drafter's.
 DRAFTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vanilla": (TARGET, DSPARK | {"markov_head_type": "vanilla", "confidence_head_with_markov": True}),
-    "gated": (TARGET | {"model_type": "llama"},
-              DSPARK | {"markov_head_type": "gated", "confidence_head_with_markov": False}),
-    "rnn": (TARGET, DSPARK | {"markov_head_type": "rnn", "confidence_head_with_markov": True,
-                              }),
-    "dflash": (TARGET | {"model_type": "llama"}, BLOCK | {"head_norms": False}),
-    "eagle3": (TARGET, {"architectures": ["Qwen3Eagle3Model"], "num_hidden_layers": 1, "ttt_length": 4,
-                        "target_layer_ids": [0, 2], "step_loss_decay": 0.8}),
+    "gated": (LLAMA, DSPARK | ONE | {"markov_head_type": "gated", "confidence_head_with_markov": False}),
+    "rnn": (TARGET, DSPARK | ONE | {"markov_head_type": "rnn", "confidence_head_with_markov": True}),
+    "dflash": (LLAMA, BLOCK | ONE | {"head_norms": False}),
+    "eagle3": (TARGET, ONE | {"architectures": ["Qwen3Eagle3Model"], "ttt_length": 4, "target_layer_ids": [0, 2],
+                              "step_loss_decay": 0.8}),
 }  # fmt: skip
 
 

@@ -79,6 +79,22 @@ def test_the_same_greedy_tokens(recipe: str, tied: bool, build_tiny: Callable[..
     assert genai_answers(artifact.directory, prompts, 24) == our_answers(artifact, prompts, 24)
 
 
+@pytest.mark.parametrize("recipe", ["none", "int8"])
+def test_qwen3(recipe: str, build_tiny: Callable[..., Artifact]) -> None:
+    artifact = build_tiny(recipe, model_type="qwen3", num_attention_heads=4, num_key_value_heads=2)
+    prompts = [np.random.default_rng(0).integers(0, 256, length).tolist() for length in (1, 7, 30)]
+    assert genai_answers(artifact.directory, prompts, 24) == our_answers(artifact, prompts, 24)
+
+
+@pytest.mark.parametrize("drafter", ["vanilla", "dflash"])
+def test_a_model_with_taps_and_a_drafter(drafter: str, compile_pair: Callable[..., Any]) -> None:
+    """Of outputs that it does not know genai takes no notice, nor of a directory."""
+    artifact = open_artifact(compile_pair(drafter).artifact)
+    assert artifact.manifest.taps
+    prompts = [np.random.default_rng(0).integers(0, 256, length).tolist() for length in (1, 7, 30)]
+    assert genai_answers(artifact.directory, prompts, 24) == our_answers(artifact, prompts, 24)
+
+
 @pytest.mark.parametrize("pruning", ["layers=1", "blocks=2", "kv=1", "ffn=34%,kv=1,layers=1", "vocab"])
 def test_pruned_models(pruning: str, exported_once: None, tiny_llama_dir: Callable[..., Path], tmp_path: Path) -> None:
     """Fewer caches, fewer heads, fewer tokens: all that genai is told of. Of `blocks` the best may be attentions."""

@@ -87,6 +87,15 @@ def test_custom_pass(
     run("dsopt", "generate", "-m", out, "--raw", "a", "-n", "3")
 
 
+def test_random_drafter(run: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path) -> None:
+    run(sys.executable, SAMPLES / "random_drafter.py", tmp_path / "pair", "--shape", "tiny", "--draft-layers", "1")
+    pair, out = tmp_path / "pair", tmp_path / "out"
+    done = run("dsopt", "compile", pair / "target", "--draft", pair / "drafter", "--quant", "int8", "-o", out)
+    assert done.stdout == f"{out}\n"
+    assert json.loads((out / "draft-dspark" / "draft.json").read_text())["steps"] == 7
+    assert len(run("dsopt", "generate", "-m", out, "--raw", "a", "-n", "3").stdout) > 0
+
+
 def test_editing_prompts_are_what_bench_reads() -> None:
     lines = [json.loads(line) for line in (SAMPLES / "editing.jsonl").read_text().splitlines()]
     assert len(lines) >= 8

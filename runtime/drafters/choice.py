@@ -7,6 +7,7 @@ from dsopt.runtime.artifact import MANIFEST, open_artifact
 from dsopt.runtime.curve import verify_curve
 from dsopt.runtime.drafters import Drafter
 from dsopt.runtime.drafters.chain import ChainDrafter
+from dsopt.runtime.drafters.manifest import DRAFT_MANIFEST
 from dsopt.runtime.drafters.ngram import NgramDrafter
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.exact import WORTH, check_exact, exact_cost, exact_widths, mixes_rows
@@ -58,12 +59,16 @@ def open_drafter(kind: str, target: Model, sampling: Sampling) -> Drafter | None
         directory = target.artifact.directory
         compiled = [_open_directory(directory / name, target, sampling) for name in target.artifact.manifest.drafters]
         return ChainDrafter([NgramDrafter(), *compiled]) if compiled else NgramDrafter()
-    if not (Path(kind) / MANIFEST).is_file():
+    if not any((Path(kind) / name).is_file() for name in (MANIFEST, DRAFT_MANIFEST)):
         raise DsoptError(f"--draft is {kind}; it must be {NONE}, {NGRAM}, {AUTO} or the directory of a compiled model")
     return _open_directory(Path(kind), target, sampling)
 
 
 def _open_directory(directory: Path, target: Model, sampling: Sampling) -> Drafter:
+    if (directory / DRAFT_MANIFEST).is_file():
+        from dsopt.runtime.drafters.deepspec import open_deepspec
+
+        return open_deepspec(directory, target.session, sampling)
     from dsopt.runtime.drafters.model import ModelDrafter, check_same_tokens
 
     draft = Model(open_artifact(directory), threads=target.session.threads)

@@ -65,7 +65,7 @@ class BlockDrafter:
     """DSpark and DFlash: a draft is one run over the anchor and masks, each row of which gives a token."""
 
     def __init__(self, directory: Path, manifest: DraftManifest, sampling: Sampling) -> None:
-        self.taps = manifest.taps
+        self.taps, self.manifest = manifest.taps, manifest
         self.confidence: Floats | None = None
         """Of the last draft, the logit of each token's acceptance as the head gave it [n]; None without a head."""
         steps, candidates = manifest.steps, manifest.candidates
@@ -76,7 +76,8 @@ class BlockDrafter:
             **({"confidence": np.empty(steps, np.float32)} if manifest.confidence else {}),
         }
         self._context = Graph(directory, "context.onnx", manifest)
-        self._block = CachedGraph(Graph(directory, "block.onnx", manifest), manifest, outputs)
+        self.graph = Graph(directory, "block.onnx", manifest)
+        self._block = CachedGraph(self.graph, manifest, outputs)
         self._cache = self._block.cache
         self._ids = np.full((1, steps), manifest.mask_token, np.int64)
         self._noise = np.zeros((steps, candidates))
@@ -84,6 +85,11 @@ class BlockDrafter:
         self._temperatures = np.array(manifest.temperatures.get(self._chance.mode, [1.0] * steps))
         self._waiting: list[Floats] = []
         self.begin()
+
+    @property
+    def room(self) -> int:
+        """Positions that it can hold, those of a draft included."""
+        return self._cache.limit
 
     def begin(self) -> None:
         self._cache.trim(0)

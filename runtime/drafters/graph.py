@@ -38,7 +38,8 @@ class Graph:
 
 
 class CachedGraph:
-    """A graph bound to a cache and to the arrays of its outputs. A run writes behind the cache's valid positions."""
+    """A graph bound to a cache and to the arrays of its outputs. A run writes behind the cache's valid positions, and
+    computes what `outputs` and the cache need, nothing else."""
 
     def __init__(self, graph: Graph, manifest: DraftManifest, outputs: Arrays) -> None:
         shape = manifest.model
@@ -47,6 +48,8 @@ class CachedGraph:
         self.outputs = outputs
         self._session, self._io = graph.session, graph.session.io_binding()
         self._generation = -1
+        self._options = ort.RunOptions()
+        self._options.only_execute_path_to_fetches = True
         for name, array in outputs.items():
             self._io.bind_ortvalue_output(name, _value(array))
 
@@ -62,7 +65,7 @@ class CachedGraph:
         given = {**inputs, "seqlens_k": np.array([total - 1], np.int32), "total_length": np.array(total, np.int32)}
         for name, array in given.items():
             self._io.bind_ortvalue_input(name, _value(array))
-        self._session.run_with_iobinding(self._io)
+        self._session.run_with_iobinding(self._io, self._options)
 
     def _bind_cache(self) -> None:
         for name, buffer in self.cache.buffers.items():

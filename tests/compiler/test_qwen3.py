@@ -13,7 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import Qwen3ForCausalLM
 
+from dsopt.compiler import build, passes
+from dsopt.compiler.checkpoint import open_checkpoint
 from dsopt.compiler.models import qwen3
+from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.roles import find_linears
 from dsopt.runtime.artifact import Artifact
 from dsopt.runtime.errors import DsoptError
@@ -70,8 +73,6 @@ def test_the_graph_is_the_eager_model(
 
 
 def test_roles_are_proved_through_the_head_norms(plan_tiny: Callable[..., Any], monkeypatch: Any) -> None:
-    from dsopt.compiler import build, passes
-
     seen: list[list[tuple[str, str]]] = []
 
     class Look(ir.passes.InPlacePass):
@@ -79,7 +80,7 @@ def test_roles_are_proved_through_the_head_norms(plan_tiny: Callable[..., Any], 
             seen.append([(one.role, one.name.rpartition(".")[2]) for one in find_linears(model.graph)])
             return ir.passes.PassResult(model, modified=False)
 
-    monkeypatch.setattr(build, "pipeline", lambda _: [*passes.CLEAN, Look()])
+    monkeypatch.setattr(build, "pipeline", lambda *_: [*passes.CLEAN, Look()])
     plan_tiny("none", **QWEN, tied=False)
     parts = ["q", "k", "v", "o", "gate", "up", "down"]
     expected = Counter({(part, f"{part}_proj"): 2 for part in parts}) + Counter([("head", "lm_head")])
@@ -124,3 +125,12 @@ def test_the_head_width_is_not_taken_from_the_model(tiny_llama_dir: Callable[...
     config = json.loads((tiny_llama_dir(**QWEN) / "config.json").read_text())
     del config["head_dim"]
     assert qwen3.Config.from_dict(config).head_dim == 128
+
+
+@pytest.mark.parametrize("recipe", ["none", "int4"])
+def test_a_graph_for_cuda(recipe: str, tiny_llama_dir: Callable[..., Path], exported_once: None) -> None:
+    """The norms of heads are lowered with the rest, and every operator has a kernel there."""
+    checkpoint = open_checkpoint(str(tiny_llama_dir(**QWEN)))
+    plan = build.plan(checkpoint, Recipe.parse(recipe), target="cuda")
+    norms = {value.type.dtype for name, value in plan.model.graph.initializers.items() if "q_norm" in name}
+    assert norms == {ir.DataType.FLOAT16}
