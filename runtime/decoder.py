@@ -74,16 +74,14 @@ def _decode_picks(binding: Binding, prompt: Sequence[int], limit: int, end: froz
     cache.trim(min(cache.length, len(prompt) - 1))
     ids = np.asarray(prompt[cache.length :], np.int64)
     cache.reserve(cache.length + len(ids))
-    chunks = [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
-    for chunk in chunks[:-1]:
-        binding.pick(chunk)
-    feed = chunks[-1]
+    token = -1
+    for start in range(0, len(ids), PREFILL_CHUNK):
+        token = int(binding.pick(ids[start : start + PREFILL_CHUNK])[-1])
     for count in range(1, limit + 1):
-        token = int(binding.pick(feed)[-1])
         yield Step(token)
         if token in end or count == limit:
             return
-        feed = np.array([token], np.int64)
+        token = int(binding.pick(np.array([token], np.int64))[-1])
 
 
 def _with_logprobs(token: int, logits: NDArray[np.float32], top: int) -> Step:

@@ -83,13 +83,15 @@ class Session:
         """The cache's element type, as llama-bench writes it."""
         return _LLAMA_BENCH_TYPES[_cache_type(self._session).onnx]
 
-    def new_cache(self) -> KvCache:
+    def new_cache(self, batch: int = 1) -> KvCache:
+        """An empty cache; on a device it may be of `batch` sequences that advance together."""
         kind = _cache_type(self._session)
         if self.device == "cpu":
+            assert batch == 1
             return KvCache(self.layers, self.context, kind.storage)
         from dsopt.runtime.cuda import DeviceCache
 
-        return DeviceCache(self.layers, self.context, kind, self.device)
+        return DeviceCache(self.layers, self.context, kind, self.device, batch)
 
     def bind(self, cache: KvCache) -> "Binding":
         if self.device == "cpu":
