@@ -48,17 +48,17 @@ class Format:
             return cls(*_PLAIN[kind])
         return cls("nbits", int(kind[3:]), int(block or 32), bool(zero_points))
 
-    def nbytes(self, n: int, k: int) -> int:
-        """Bytes of a weight [n, k]: codes, float32 scales, zero points."""
+    def nbytes(self, n: int, k: int, width: int = 4) -> int:
+        """Bytes of a weight [n, k]: codes, scales, zero points; `width` is that of a float of the graph."""
         if self.kernel == "none":
-            return 4 * n * k
+            return width * n * k
         if self.kernel == "w8a8":
             return n * k + 4 * n
-        if self.kernel == "fp8":
-            return n * k + 4 * n * -(-k // self.block)
         blocks = -(-k // self.block)
+        if self.kernel == "fp8":
+            return n * k + 4 * n * blocks
         zeros = -(-blocks * self.bits // 8) if self.zero_points else 0
-        return n * (blocks * self.block * self.bits // 8 + 4 * blocks + zeros)
+        return n * (blocks * self.block * self.bits // 8 + width * blocks + zeros)
 
     def __str__(self) -> str:
         if self.kernel != "nbits":
@@ -101,6 +101,11 @@ class Recipe:
         if default.kernel == "w8a8":
             roles.setdefault("head", Format("nbits", 8, 32))
         return cls(",".join([first, *overrides]), default, roles, dtype)
+
+    @property
+    def float_bytes(self) -> int:
+        """Of a float of the graph that is not a code."""
+        return 4 if self.dtype == "fp32" else 2
 
     @property
     def said_dtype(self) -> str | None:

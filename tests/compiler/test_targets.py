@@ -93,6 +93,15 @@ def test_weights_beyond_float16(build_tiny: Callable[..., Any], tiny_llama_dir: 
     build_tiny("none,dtype=bf16", source=source, target="cuda")
 
 
+@pytest.mark.parametrize("recipe", ["none", "int4-zp-b64", "fp8"])
+def test_the_manifest_counts_the_bytes_that_are_stored(plan_tiny: Plan, recipe: str) -> None:
+    made = plan_tiny(recipe, target="cuda", hidden_size=128, head_dim=64, intermediate_size=256, tied=False)
+    stored = sum(v.const_value.nbytes for n, v in made.model.graph.initializers.items() if "proj" in n and ".w" in n)
+    split = 2 * 16  # the widths of gate and up are of 2 integers a layer
+    counted = sum(node["bytes"] for node in made.manifest.nodes if node["layer"] is not None)
+    assert stored - split == counted
+
+
 def test_the_float_type_is_part_of_the_recipe() -> None:
     recipe = Recipe.parse("int4,head=int8")
     assert recipe.with_dtype("fp32") == recipe
