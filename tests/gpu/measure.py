@@ -77,7 +77,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("-o", "--out", type=Path)
     options = parser.parse_args()
     if options.tiny:
-        options.models, options.recipes = "tiny", "none;int4"
+        options.models, options.recipes = "tiny", "int4"
         options.batch, options.depth, options.prompt, options.tokens = "1,2", "0,24", 32, 4
     return options
 
