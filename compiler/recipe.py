@@ -9,7 +9,8 @@ The first word is the format of every linear layer; `ROLE=FORMAT` overrides it f
     fp8             float8 (e4m3) with a scale per 128 inputs: MatMulBlockQuantizedFp8Weight, on CUDA only
 
 with `-b16 ... -b256` for the block size (32 unless said). Roles are q k v o gate up down head embed and the groups
-qkv, attn, mlp. `dtype=fp16` or `dtype=bf16` is the type of everything else, float32 unless said.
+qkv, attn, mlp. `dtype=fp16` or `dtype=bf16` is the type of everything else, float32 unless said;
+`cache=fp8` stores keys and values in 8 bits, on CUDA only.
 """
 
 import re
@@ -21,6 +22,7 @@ from dsopt.compiler.roles import GROUPS, ROLES
 from dsopt.runtime.errors import UsageError
 
 _PLAIN: dict[str, tuple[Any, ...]] = {"none": (), "w8a8": ("w8a8", 8), "fp8": ("fp8", 8, 128)}
+CACHES = ("float", "fp8")
 DTYPES = ("fp32", "fp16", "bf16")
 _FORMAT = re.compile(r"(none|w8a8|fp8|int4|int8)(-zp)?(?:-b(16|32|64|128|256))?")
 
@@ -78,6 +80,7 @@ class Recipe:
     default: Format
     roles: Mapping[str, Format] = field(default_factory=dict)
     dtype: str = "fp32"
+    cache: str = "float"  # float: as dtype | fp8
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
@@ -85,11 +88,14 @@ class Recipe:
         first, *overrides = [part.strip() for part in text.split(",")]
         first = PRESETS.get(first, first)
         roles: dict[str, Format] = {}
-        dtype = "fp32"
+        dtype, cache = "fp32", "float"
         for override in overrides:
             role, _, value = override.partition("=")
             if role == "dtype":
                 dtype = _check_dtype(value)
+                continue
+            if role == "cache":
+                cache = _check_cache(value)
                 continue
             known = (*ROLES, "embed", *GROUPS)
             if role not in known or not value:
@@ -100,7 +106,7 @@ class Recipe:
         default = Format.parse(first)
         if default.kernel == "w8a8":
             roles.setdefault("head", Format("nbits", 8, 32))
-        return cls(",".join([first, *overrides]), default, roles, dtype)
+        return cls(",".join([first, *overrides]), default, roles, dtype, cache)
 
     @property
     def float_bytes(self) -> int:
@@ -141,3 +147,9 @@ def _check_dtype(dtype: str) -> str:
     if dtype not in DTYPES:
         raise UsageError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     return dtype
+
+
+def _check_cache(cache: str) -> str:
+    if cache not in CACHES:
+        raise UsageError(f"--quant: cache={cache} is unknown; cache={' or cache='.join(CACHES)}")
+    return cache

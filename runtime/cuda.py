@@ -71,7 +71,7 @@ class DeviceCache(KvCache):
 
     def _check_kind(self) -> None:
         if self.kind.quantized:
-            raise DsoptError("a quantized cache cannot be saved or restored; compile the model with --kv-cache auto")
+            raise DsoptError("a quantized cache cannot be saved or restored; compile the model without cache=fp8")
 
 
 def _widen(array: NDArray[Any]) -> NDArray[np.float32]:

@@ -7,6 +7,7 @@ from dsopt.compiler.passes.fuse_skip_norms import FuseSkipNorms
 from dsopt.compiler.passes.lower_precision import LowerPrecision
 from dsopt.compiler.passes.normalize_linears import NormalizeLinears
 from dsopt.compiler.passes.pack_projections import PackProjections
+from dsopt.compiler.passes.quantize_cache import QuantizeCache
 from dsopt.compiler.passes.quantize_embedding import QuantizeEmbedding
 from dsopt.compiler.passes.quantize_linears import QuantizeLinears
 from dsopt.compiler.recipe import Recipe
@@ -24,6 +25,8 @@ def pipeline(recipe: Recipe, target: Target = TARGETS["cpu"]) -> list[ir.passes.
     passes = [*CLEAN, QuantizeLinears(recipe), QuantizeEmbedding(recipe), *FUSE]
     if recipe.dtype != "fp32":
         passes.append(LowerPrecision(recipe.dtype))
+    if recipe.cache == "fp8":
+        passes.append(QuantizeCache())
     if target.device != "cpu":
         passes.append(EmitGreedy())
     return passes

@@ -35,12 +35,14 @@ class CheckKernels(ir.passes.InPlacePass):
         if dtype is not None and allowed and dtype not in allowed:
             raise DsoptError(f"{node.name}: {target.name} has no kernel for {node.op_type} in {dtype}")
         if node.op_type == "GroupQueryAttention":
-            self._check_head(node)
+            self._check_attention(node)
 
-    def _check_head(self, node: ir.Node) -> None:
+    def _check_attention(self, node: ir.Node) -> None:
         past = node.inputs[3]
         assert past is not None
         assert past.shape is not None
+        if past.dtype == ir.DataType.FLOAT8E4M3FN and "fp8" not in self.target.caches:
+            raise DsoptError(f"{node.name}: {self.target.name} has no kernel for cache=fp8")
         if (width := int(past.shape[3])) > self.target.largest_head:  # type: ignore[arg-type]
             raise DsoptError(
                 f"{node.name}: {self.target.name} attends with heads of at most {self.target.largest_head}, not {width}"

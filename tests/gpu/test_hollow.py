@@ -16,7 +16,11 @@ from dsopt.compiler.targets import TARGETS
 from dsopt.runtime.devices import missing_provider
 
 HERE = Path(__file__).parent
-RECIPES = ("none", "int4", "int8-zp", "none,dtype=bf16", "int4,head=none,dtype=bf16", "fp8,dtype=bf16")
+RECIPES = (
+    *("none", "int4", "int8-zp", "none,dtype=bf16", "int4,head=none,dtype=bf16", "fp8,dtype=bf16"),
+    *("int4,cache=fp8", "int8,dtype=bf16,cache=fp8"),
+)
+SIZES = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 1}
 
 
 def hollow() -> Any:
@@ -36,7 +40,7 @@ def ran(compile_tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     if missing := hollow().missing_tool():
         pytest.skip(missing)
     stubs = hollow().make(tmp_path_factory.mktemp("hollow") / "lib")
-    artifacts = [compile_tiny(recipe, "cuda", hidden_size=128, head_dim=64) for recipe in RECIPES]
+    artifacts = [compile_tiny(recipe, "cuda", **SIZES) for recipe in RECIPES]
     environment = {**os.environ, "LD_LIBRARY_PATH": str(stubs), "ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO": "1"}
     command = [sys.executable, str(HERE / "hollow_run.py"), *map(str, artifacts)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
