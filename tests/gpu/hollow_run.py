@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
+from dsopt.compiler.chains import Body
 from dsopt.compiler.probe import probe
+from dsopt.compiler.profile import measure
 from dsopt.compiler.targets import TARGETS
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.cuda import DeviceCache, cuda_options
@@ -18,6 +20,10 @@ from dsopt.runtime.session import Session, session_options
 def main() -> None:
     assert missing_provider("CUDAExecutionProvider") is None
     Session.share_pool(1)
+    body = Body(128, 256, 4, 1, 64)
+    table = measure([(128, 128)], (1, 4), ("none", "int4", "fp8"), "cuda", dtype="bf16", body=body, budget=0.1)
+    assert table.machine["device"] == "hollow"
+    assert all(seconds > 0 for seconds in (*table.cells.values(), table.other(4)))
     report = {"probe": probe(TARGETS["cuda"]), "artifacts": [_try(Path(name)) for name in sys.argv[1:]]}
     Path(sys.argv[1]).with_suffix(".json").write_text(json.dumps(report))
 
