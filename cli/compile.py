@@ -1,7 +1,9 @@
 """dsopt compile: a checkpoint to an optimized ONNX directory, whose path is printed."""
 
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,7 +11,24 @@ from dsopt.cli.models import BUILT_IN, check_overwrite, default_directory, remem
 from dsopt.cli.progress import note, progress_bar
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dsopt.compiler.build import Plan
+    from dsopt.compiler.checkpoint import Checkpoint
+    from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
+    from dsopt.compiler.pruning.options import Pruning
     from dsopt.compiler.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be done to a model, as the options say it."""
+
+    quant: str = "auto"
+    target: str = "auto"
+    dtype: str | None = None
+    prune: str = "none"
+    draft: str | None = None
 
 
 def compile_command(
@@ -27,6 +46,12 @@ def compile_command(
     dtype: Annotated[
         str | None, typer.Option(help="Of activations and cache: fp32 on cpu; fp16 (default) or bf16 on cuda.")
     ] = None,
+    prune: Annotated[
+        str, typer.Option(help="none, or by commas: ffn=10%, layers=2, blocks=3, kv=1, vocab=FILE or FILE:TOKENS.")
+    ] = "none",
+    draft: Annotated[
+        str | None, typer.Option(help="Drafter to compile beside MODEL: a checkpoint of DeepSpec, directory or hub id.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a compiled model that is in the way.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be done and its size, as JSON.")] = False,
 ) -> None:
@@ -34,76 +59,125 @@ def compile_command(
 
     A model compiled before with the same recipe from the same files is not compiled again.
     """
+    order = Order(quant, target, dtype, prune, draft)
     if plan:
-        _print_plan(model, quant, target, dtype)
+        _print_plan(model, order)
         return
-    print(compile_model(model, out, quant, target, dtype, force=force))
+    print(compile_model(model, out, order, force=force))
 
 
-def compile_model(
-    model: str,
-    out: Path | None = None,
-    quant: str = "auto",
-    target: str = "auto",
-    dtype: str | None = None,
-    *,
-    force: bool = False,
-) -> Path:
+def compile_model(model: str, out: Path | None = None, order: Order | None = None, *, force: bool = False) -> Path:
     """Compile unless the same result is there already; returns its directory and remembers it as the last one."""
-    from dsopt.compiler.checkpoint import open_checkpoint
-
-    target, recipe = _target_and_recipe(quant, target, dtype)
-    checkpoint = open_checkpoint(model, progress=note)
-    directory = (
-        out.absolute() if out else default_directory(checkpoint.source.name, recipe.text, checkpoint.source.sha256)
-    )
-    if not _is_current(directory, checkpoint.source.sha256, recipe.text) or force:
+    job = _Job.open(model, order or Order())
+    directory = out.absolute() if out else job.directory
+    if not job.is_done(directory) or force:
         check_overwrite(directory, force=force)
         from dsopt.compiler import build  # torch: two seconds that a wrong call need not wait for
 
-        note(f"exporting {checkpoint.source.name}")
-        plan = build.plan(checkpoint, recipe, target)
+        note(f"exporting {job.checkpoint.source.name}")
+        plan = job.plan()
+        _note_rates(plan.manifest.pruning)
         with progress_bar("writing weights") as progress:
             build.write(plan, directory, progress=progress)
     remember_last(directory)
     return directory
 
 
-def _target_and_recipe(quant: str, target: str, dtype: str | None) -> "tuple[str, Recipe]":
+@dataclass(frozen=True)
+class _Job:
+    """An order whose parts are read and understood."""
+
+    checkpoint: "Checkpoint"
+    recipe: "Recipe"
+    target: str
+    pruning: "Pruning"
+    drafter: "DraftCheckpoint | None"
+
+    @classmethod
+    def open(cls, model: str, order: Order) -> "_Job":
+        from dsopt.compiler.checkpoint import open_checkpoint
+        from dsopt.compiler.pruning.options import Pruning
+
+        target, recipe = _target_and_recipe(order)
+        pruning = Pruning.parse(order.prune)
+        checkpoint = open_checkpoint(model, progress=note)
+        return cls(checkpoint, recipe, target, pruning, _open_drafter(order.draft))
+
+    @property
+    def text(self) -> str:
+        """What the manifest will say was done."""
+        from dsopt.compiler.pruning.options import full_text
+
+        return full_text(self.recipe.text, self.pruning)
+
+    @property
+    def directory(self) -> Path:
+        """Where the result goes unless told."""
+        source = self.checkpoint.source
+        if self.drafter is None:
+            return default_directory(source.name, self.text, source.sha256)
+        both = sha256((source.sha256 + self.drafter.source.sha256).encode()).hexdigest()
+        return default_directory(f"{source.name}+{self.drafter.source.name}", self.text, both)
+
+    def is_done(self, directory: Path) -> bool:
+        """Whether `directory` holds, unchanged, what this compilation would write."""
+        from importlib.metadata import version
+
+        from dsopt.runtime.artifact import WEIGHTS, open_artifact
+        from dsopt.runtime.drafters.manifest import open_draft
+        from dsopt.runtime.errors import DsoptError
+
+        try:
+            manifest = open_artifact(directory).manifest
+            weights = str(manifest.files[WEIGHTS]["sha256"])
+            drafts = [open_draft(directory / name, weights).source["sha256"] for name in manifest.drafters]
+        except DsoptError:
+            return False
+        made = manifest.versions.get("dsopt"), manifest.source.get("sha256"), manifest.recipe, drafts
+        wanted = [self.drafter.source.sha256] if self.drafter else []
+        return made == (version("dsopt"), self.checkpoint.source.sha256, self.text, wanted)
+
+    def plan(self) -> "Plan":
+        from dsopt.compiler import build
+
+        return build.plan(
+            self.checkpoint, self.recipe, self.pruning, target=self.target, draft=self.drafter, report=note
+        )
+
+
+def _target_and_recipe(order: Order) -> "tuple[str, Recipe]":
     """The target's name and the recipe with its float type. Raises DsoptError on a type without kernels there."""
     from dsopt.compiler.recipe import Recipe
     from dsopt.compiler.targets import find_target
     from dsopt.runtime.devices import missing_provider
 
+    target = order.target
     if target == "auto":
         target = "cpu" if missing_provider("CUDAExecutionProvider") else "cuda"
-    chosen, recipe = find_target(target), Recipe.parse(quant)
-    return target, recipe.with_dtype(chosen.check_dtype(dtype or recipe.said_dtype))
+    chosen, recipe = find_target(target), Recipe.parse(order.quant)
+    return target, recipe.with_dtype(chosen.check_dtype(order.dtype or recipe.said_dtype))
 
 
-def _is_current(directory: Path, source: str, recipe: str) -> bool:
-    """Whether `directory` holds, unchanged, what this compilation would write."""
-    from importlib.metadata import version
+def _open_drafter(draft: str | None) -> "DraftCheckpoint | None":
+    if draft is None:
+        return None
+    from dsopt.compiler.drafters.checkpoint import open_drafter
 
-    from dsopt.runtime.artifact import open_artifact
-    from dsopt.runtime.errors import DsoptError
-
-    try:
-        manifest = open_artifact(directory).manifest
-    except DsoptError:
-        return False
-    made = manifest.versions.get("dsopt"), manifest.source.get("sha256"), manifest.recipe
-    return made == (version("dsopt"), source, recipe)
+    return open_drafter(draft)
 
 
-def _print_plan(model: str, quant: str, target: str, dtype: str | None) -> None:
+def _note_rates(pruning: "Mapping[str, Any] | None") -> None:
+    """What each kind of pruning costs for what it frees."""
+    from dsopt.compiler.pruning.account import exchange_lines
+
+    for line in exchange_lines(pruning) if pruning else ():
+        note(line)
+
+
+def _print_plan(model: str, order: Order) -> None:
     import json
 
-    from dsopt.compiler import build
-    from dsopt.compiler.checkpoint import open_checkpoint
-
-    target, recipe = _target_and_recipe(quant, target, dtype)
-    made = build.plan(open_checkpoint(model, progress=note), recipe, target)
+    made = _Job.open(model, order).plan()
     manifest = made.manifest
     report = {
         "name": manifest.name,
@@ -111,6 +185,8 @@ def _print_plan(model: str, quant: str, target: str, dtype: str | None) -> None:
         "target": manifest.target,
         "model": dict(manifest.model),
         "bytes": made.nbytes,
+        "pruning": manifest.pruning,
+        "drafters": [{"name": made.drafter.directory, "bytes": made.drafter.nbytes}] if made.drafter else [],
         "linears": [dict(node) for node in manifest.nodes],
     }
     print(json.dumps(report, indent=1))

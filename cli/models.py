@@ -17,7 +17,8 @@ def default_directory(name: str, recipe: str, sha256: str) -> Path:
 
     The hash is the checkpoint's, so that two of one name, or one before and after an edit, do not meet.
     """
-    return cache_dir() / "artifacts" / f"{name}-{recipe.replace(',', '+').replace('=', '-')}-{sha256[:8]}"
+    plain = recipe.replace(",", "+").replace("%", "pct").translate(str.maketrans("= :@", "----"))
+    return cache_dir() / "artifacts" / f"{name}-{plain}-{sha256[:8]}"
 
 
 def remember_last(directory: Path) -> None:
@@ -74,7 +75,8 @@ def check_overwrite(directory: Path, *, force: bool) -> None:
 def _check_own(directory: Path) -> None:
     """Raises DsoptError when a user's file is among those of the artifact: it would go with them."""
     try:
-        files = set(json.loads((directory / MANIFEST).read_bytes())["files"]) | {MANIFEST}
+        manifest = json.loads((directory / MANIFEST).read_bytes())
+        files = {*manifest["files"], *manifest["drafters"], MANIFEST}
     except (ValueError, KeyError, TypeError):
         return  # a damaged manifest: whatever is here was a compiled model
     foreign = sorted(path.name for path in directory.iterdir() if path.name not in files)

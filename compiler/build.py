@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,14 +12,24 @@ import onnx_ir as ir
 
 from dsopt.compiler import package
 from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.drafters.build import DraftPlan, check_target, plan_drafter, write_drafter
+from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
 from dsopt.compiler.export import export
 from dsopt.compiler.models import find_family
 from dsopt.compiler.passes import CLEAN, pipeline
 from dsopt.compiler.passes.check_kernels import CheckKernels
+from dsopt.compiler.passes.prune_blocks import PruneBlocks
+from dsopt.compiler.passes.prune_features import PruneFeatures
+from dsopt.compiler.passes.quantize_linears import Evidence, module_name
 from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
 from dsopt.compiler.probe import probed
-from dsopt.compiler.recipe import Format, Recipe
+from dsopt.compiler.pruning.account import describe_pruning
+from dsopt.compiler.pruning.decide import Cuts, decide
+from dsopt.compiler.pruning.options import NOTHING, Pruning, full_text
+from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabulary
+from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import find_linears
+from dsopt.compiler.self_text import Calibrate, default_windows
 from dsopt.compiler.weights import Weight
 from dsopt.runtime.artifact import Manifest
 from dsopt.runtime.errors import DsoptError
@@ -36,38 +46,74 @@ class Plan:
     model: ir.Model
     manifest: Manifest
     files: Mapping[str, bytes]
+    drafter: DraftPlan | None = None
 
     @property
     def nbytes(self) -> int:
         """Size of the weights on disk."""
-        return package.stored_bytes(self.model)
+        return package.stored_bytes(self.model) + (self.drafter.nbytes if self.drafter else 0)
 
 
-def plan(checkpoint: Checkpoint, recipe: Recipe, target: str = "cpu") -> Plan:
-    """Export and rewrite, computing no weight. Raises DsoptError on a model that is not supported.
+def plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    pruning: Pruning = NOTHING,
+    *,
+    draft: DraftCheckpoint | None = None,
+    target: str = "cpu",
+    evidence: Evidence | None = None,
+    calibrate: Calibrate = default_windows,
+    report: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Export and rewrite, computing no weight, unless there is to be pruned: that reads and decides by text.
 
-    A recipe that says no float type gets the target's own.
+    A recipe that says no float type gets the target's own. `evidence` tells what the inputs of each linear layer look
+    like. `calibrate` gives windows of token ids, all of one length, for a checkpoint; it is asked only where pruning
+    needs text. With a drafter the graph gives the outputs of the layers that it reads, and it is compiled beside the
+    model. `report` is told what is done. Raises DsoptError on a model that is not supported.
     """
     chosen = probed(target)
     recipe = recipe.with_dtype(chosen.check_dtype(recipe.said_dtype))
+    whole, vocabulary = checkpoint, None
+    if pruning.vocab:
+        report("choosing tokens")
+        vocabulary = choose_vocabulary(checkpoint.files["tokenizer.json"], pruning.read_corpus(), pruning.tokens)
+        checkpoint = prune_vocabulary(checkpoint, vocabulary)
     family = find_family(checkpoint.config.get("model_type"))
     config = family.Config.from_dict(checkpoint.config)
     # A model that cannot be spoken to is not worth compiling: a broken tokenizer is an error now.
     Tokenizer.from_bytes(checkpoint.files["tokenizer.json"], checkpoint.source.path / "tokenizer.json")
     _check_names(checkpoint, config)
-    model = export(family.Model, config)
+    if draft:
+        check_target(draft, config)
+    taps = draft.config.taps if draft else ()
+    model = export(family.Model, config, taps)
     if config.tie_word_embeddings:
         TieEmbeddings()(model)
     _bind_weights(model, checkpoint, tied=config.tie_word_embeddings)
-    passes = pipeline(recipe, chosen)
+    passes = pipeline(recipe, chosen, evidence)
     for step in passes[: len(CLEAN)]:
         step(model)
     nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
+    pruned = None
+    if pruning:
+        cuts = decide(checkpoint, pruning, calibrate(checkpoint), report) if pruning.needs_text else Cuts()
+        for step in (PruneFeatures(cuts.channels, cuts.groups, cuts.weights), PruneBlocks(cuts.removed)):
+            step(model)
+        before = [_with_rows(node, recipe, whole.config["vocab_size"]) for node in nodes]
+        nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
+        pruned = describe_pruning(pruning.text, before, nodes, cuts, vocabulary.record if vocabulary else {})
+    sizes = _sizes(model, config)
     for step in passes[len(CLEAN) :]:
         step(model)
     CheckKernels(chosen)(model)
-    manifest = _manifest(checkpoint, config, recipe, chosen.name, nodes)
-    return Plan(model, manifest, {**checkpoint.files, "genai_config.json": package.genai_config(manifest)})
+    text = full_text(recipe.text, pruning)
+    manifest = _manifest(checkpoint, config, text, chosen.name, sizes, nodes, pruned)
+    files = {**checkpoint.files, "genai_config.json": package.genai_config(manifest)}
+    if draft is None:
+        return Plan(model, manifest, files)
+    drafter = plan_drafter(draft, checkpoint, config, model, recipe)
+    return Plan(model, dataclasses.replace(manifest, drafters=(drafter.directory,), taps=taps), files, drafter)
 
 
 def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) -> Manifest:
@@ -76,9 +122,12 @@ def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) ->
     with package.written_aside(out) as aside:
         package.write_graph(plan.model, aside, progress)
         package.write_texts(aside, plan.files)
+        drafter = write_drafter(plan.drafter, aside, progress) if plan.drafter else None
         manifest = dataclasses.replace(plan.manifest, files=package.describe_files(aside))
         package.seal(aside, manifest)
-    package.remember_hashes(out, manifest)
+    package.remember_hashes(out, manifest.files)
+    if plan.drafter and drafter:
+        package.remember_hashes(out / plan.drafter.directory, drafter.files)
     return manifest
 
 
@@ -115,11 +164,11 @@ def _bind_weights(model: ir.Model, checkpoint: Checkpoint, *, tied: bool) -> Non
 def _describe_weights(model: ir.Model, recipe: Recipe, *, tied: bool) -> list[dict[str, Any]]:
     """An entry a matrix: each linear layer, and the embedding (0 bytes where it is stored as the head)."""
     linears, width = find_linears(model.graph), recipe.float_bytes
-    nodes = [_entry(x.name, x.role, x.layer, x.size, recipe.format(x.role), width) for x in linears]
+    nodes = [_entry(x.name, x.role, x.layer, x.size, recipe.format(x.role, module_name(x)), width) for x in linears]
     vocab, hidden = linears[-1].size
     embedding = recipe.embedding(hidden)
     nodes.append(_entry("model.embed_tokens", "embed", None, (vocab, hidden), embedding, width))
-    if tied and embedding == recipe.format("head"):
+    if tied and embedding == recipe.format("head", HEAD):
         nodes[-1]["bytes"] = 0
     return nodes
 
@@ -130,40 +179,54 @@ def _entry(name: str, role: str, layer: int | None, size: tuple[int, int], form:
             "bytes": form.nbytes(*size, width)}  # fmt: skip
 
 
+def _with_rows(node: dict[str, Any], recipe: Recipe, vocab: int) -> dict[str, Any]:
+    """A node's entry, the head's as if its vocabulary were `vocab`."""
+    if node["role"] != "head":
+        return node
+    return {**node, "bytes": recipe.format("head", HEAD).nbytes(vocab, node["shape"][1], recipe.float_bytes)}
+
+
+def _sizes(model: ir.Model, config: Any) -> dict[str, int]:
+    """The manifest's `model`. Layers are those with a cache, which is what a runtime allocates; see `pruning`."""
+    attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    return {
+        "layers": len(attentions),
+        "hidden_size": config.hidden_size,
+        "heads": attentions[0].attributes["num_heads"].as_int(),
+        "kv_heads": attentions[0].attributes["kv_num_heads"].as_int(),
+        "head_dim": config.head_dim,
+        "vocab_size": config.vocab_size,
+        "context_length": config.max_position_embeddings,
+        "parameters": sum(weight.size for weight in weights if isinstance(weight, Weight)),
+    }
+
+
 def _manifest(
-    checkpoint: Checkpoint, config: Any, recipe: Recipe, target: str, nodes: list[dict[str, Any]]
+    checkpoint: Checkpoint,
+    config: Any,
+    recipe: str,
+    target: str,
+    sizes: dict[str, int],
+    nodes: list[dict[str, Any]],
+    pruning: Mapping[str, Any] | None,
 ) -> Manifest:
     source = checkpoint.source
     bos, eos = _token_ids(checkpoint, config.vocab_size)
     return Manifest(
         name=source.name,
-        recipe=recipe.text,
+        recipe=recipe,
         target=target,
         family=str(checkpoint.config["model_type"]),
         source={"kind": source.kind, "name": source.name, "sha256": source.sha256},
-        model={
-            "layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "heads": config.num_attention_heads,
-            "kv_heads": config.num_key_value_heads,
-            "head_dim": config.head_dim,
-            "vocab_size": config.vocab_size,
-            "context_length": config.max_position_embeddings,
-            "parameters": sum(_size(tensor.shape) for tensor in checkpoint.tensors.values()),
-        },
+        model=sizes,
         bos=bos,
         eos=eos,
         nodes=tuple(nodes),
         files={},
         versions={name: version(name) for name in _MADE_WITH},
+        pruning=pruning,
     )
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
 
 
 def _token_ids(checkpoint: Checkpoint, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:

@@ -169,8 +169,18 @@ def linear_chain(form: Format, n: int, k: int, copies: int, target: Target, dtyp
     x = built.input("x", [1, "rows", k])
     for copy in range(copies):
         parts = [built.weight(f"{copy}.{part.name}", part) for part in weight_parts(form, n, k)]
-        built.node(linear_node(form, x, parts, n, k), [(f"y{copy}", [1, "rows", n])])
+        source = _means(built, x, form.block, copy) if form.minima else x
+        built.node(linear_node(form, source, parts, n, k), [(f"y{copy}", [1, "rows", n])])
     return Chain(built, copies, target)
+
+
+def _means(built: _Builder, x: ir.Value, block: int, copy: int) -> ir.Value:
+    """The block means behind x, made anew for each copy: a layer pays for its own."""
+    width = int(x.shape[2])  # type: ignore[index, arg-type]
+    pool = ir.node("AveragePool", [x], {"kernel_shape": [block], "strides": [block]})
+    (means,) = built.node(pool, [(f"means{copy}", [1, "rows", width // block])], keep=False)
+    joined = ir.node("Concat", [x, means], {"axis": -1})
+    return built.node(joined, [(f"joined{copy}", [1, "rows", width + width // block])], keep=False)[0]
 
 
 def body_chain(body: Body, past: int, copies: int, target: Target, dtype: str) -> Chain:

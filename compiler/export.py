@@ -20,22 +20,25 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dsopt.compiler.passes.fold_shapes import FoldShapes
 from dsopt.compiler.weights import initializer
 
 OPSET = 23
 DOMAIN = "com.microsoft"
 
 
-def export(build: Callable[[Any], nn.Module], config: Any) -> ir.Model:
+def export(build: Callable[[Any], nn.Module], config: Any, taps: Sequence[int] = ()) -> ir.Model:
     """Trace `build(config)` (a family's `Model`) and stitch the whole decoder.
 
-    Weight initializers are named as in the checkpoint and have no content yet; the rotary tables have theirs.
+    For each layer of `taps` (-1 for the embedding) there is an output `tap.N`, float32 [batch, sequence, hidden]: the
+    hidden state behind the layer, both residuals added. Drafters read them. Weight initializers are named as in the
+    checkpoint and have no content yet; the rotary tables have theirs.
     """
     # Untied, or the one parameter of embedding and head would appear under one name only; one layer is enough.
     one_block = dataclasses.replace(config, num_hidden_layers=1, tie_word_embeddings=False)
     with FakeTensorMode():
-        graph = _trace(_Parts(build(one_block)), one_block)
-    return _Stitcher(config, graph).stitch()
+        graph = trace(_Parts(build(one_block)), _example(one_block), named=3)
+    return _Stitcher(config, graph).stitch(taps)
 
 
 class _Parts(nn.Module):
@@ -50,7 +53,7 @@ class _Parts(nn.Module):
         return self.embed(ids), self.lm_head(self.norm(last)), *self.block(x, *state)
 
 
-def _example(config: Any) -> list[tuple[torch.Tensor, tuple[int, ...]]]:
+def _example(config: Any) -> "Example":
     """Inputs of `_Parts` and, for each, the dimensions that are free."""
     ids = (torch.empty(2, 3, dtype=torch.int64), (0, 1))
     hidden = [(torch.empty(2, 3, config.hidden_size), (0, 1)) for _ in range(2)]
@@ -60,13 +63,22 @@ def _example(config: Any) -> list[tuple[torch.Tensor, tuple[int, ...]]]:
     return [ids, *hidden, *cache, lengths, total, *tables]
 
 
-def _trace(parts: _Parts, config: Any) -> ir.Graph:
-    inputs, free = zip(*_example(config), strict=True)
+Example = list[tuple[torch.Tensor, tuple[int, ...]]]
+
+
+def trace(module: nn.Module, example: Example, named: int = 0) -> ir.Graph:
+    """The graph of `module` called with the tensors of `example`, each with the dimensions of it that are free.
+
+    `named` of its parameters have names of their own, the others come by `*`.
+    """
+    inputs, free = zip(*example, strict=True)
     shapes = [dict.fromkeys(axes, torch.export.Dim.DYNAMIC) for axes in free]
+    rest = (tuple(shapes[named:]),) if len(shapes) > named else ()
     with _quiet():
-        exported = torch.export.export(parts, inputs, dynamic_shapes=(*shapes[:3], tuple(shapes[3:])), strict=False)
+        exported = torch.export.export(module, inputs, dynamic_shapes=(*shapes[:named], *rest), strict=False)
         program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, verbose=False, optimize=False)
     assert program is not None
+    FoldShapes()(program.model)
     return program.model.graph
 
 
@@ -97,17 +109,20 @@ class _Stitcher:
         self.block = _Part(traced, block, block_outputs, {"block": ""})
         self.head = _Part(traced, [last], [logits], {"norm": "model.norm", "lm_head": "lm_head"})
 
-    def stitch(self) -> ir.Model:
+    def stitch(self, taps: Sequence[int]) -> ir.Model:
         ids = self._input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
         state = self._mask_arithmetic()
         (x,) = self._append(self.embed, "", [ids])
         presents: list[ir.Value] = []
+        hidden = {-1: x}
         for layer in range(self.config.num_hidden_layers):
             past = [self._cache_input(layer, part) for part in ("key", "value")]
             x, *present = self._append(self.block, f"model.layers.{layer}", [x, *past, *state])
+            hidden[layer] = x
             presents += [self._cache_output(layer, *pair) for pair in zip(("key", "value"), present, strict=True)]
         self.graph.outputs.append(self._logits(x))
         self.graph.outputs.extend(presents)
+        self.graph.outputs.extend(self._tap(layer, hidden[layer]) for layer in taps)
         return ir.Model(self.graph, ir_version=10, producer_name="dsopt")
 
     def _input(self, name: str, dtype: ir.DataType, shape: list[int | str]) -> ir.Value:
@@ -159,6 +174,11 @@ class _Stitcher:
         logits.shape = ir.Shape(["batch", "logits_length", self.config.vocab_size])
         return logits
 
+    def _tap(self, layer: int, x: ir.Value) -> ir.Value:
+        x.name, x.type = f"tap.{layer}", ir.TensorType(ir.DataType.FLOAT)
+        x.shape = ir.Shape(["batch", "sequence", self.config.hidden_size])
+        return x
+
     def _append(self, part: "_Part", prefix: str, inputs: Sequence[ir.Value]) -> list[ir.Value]:
         """Clone a traced part into the graph with its inputs bound; returns its outputs there."""
         values = dict(zip(part.inputs, inputs, strict=True))
@@ -167,7 +187,7 @@ class _Stitcher:
             values[old] = ir.Value(name=name, shape=old.shape, type=old.type)
             self.graph.initializers.add(values[old])
         for node in part.nodes:
-            self._clone(node, _join(prefix, part.rename(_module_path(node))), values)
+            self._clone(node, _join(prefix, part.rename(module_path(node))), values)
         return [values[output] for output in part.outputs]
 
     def _clone(self, node: ir.Node, path: str, values: dict[ir.Value, ir.Value]) -> None:
@@ -211,7 +231,7 @@ def _join(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def _module_path(node: ir.Node) -> str:
+def module_path(node: ir.Node) -> str:
     """`self_attn.q_proj`: the innermost module among the scopes that torch records on each node."""
     scopes = ast.literal_eval(node.metadata_props["pkg.torch.onnx.name_scopes"])
     return next((scope for scope in reversed(scopes[:-1]) if scope), "")

@@ -29,10 +29,11 @@ def open_hub(repository: str) -> Checkpoint:
 
     Without a network the cached snapshot is taken. Raises DsoptError when there is none, or the hub refuses.
     """
-    return open_safetensors_dir(_snapshot(repository), kind="huggingface", name=repository.split("/")[-1])
+    return open_safetensors_dir(snapshot(repository), kind="huggingface", name=repository.split("/")[-1])
 
 
-def _snapshot(repository: str) -> Path:
+def snapshot(repository: str) -> Path:
+    """The directory in the hub's cache where the files of `repository` are, downloaded if need be."""
     if not sys.stderr.isatty():
         disable_progress_bars()
     try:

@@ -36,7 +36,7 @@ def weight_parts(form: Format, n: int, k: int) -> list[Part]:
         return [Part("", (n, k), ir.DataType.FLOAT)]
     if form.kernel == "w8a8":
         return [Part("codes", (k, n), ir.DataType.INT8), Part("scales", (n,), ir.DataType.FLOAT)]
-    blocks = -(-k // form.block)
+    blocks = form.blocks(k)
     if form.kernel == "fp8":
         return [
             Part("codes", (n, k), ir.DataType.FLOAT8E4M3FN),
@@ -63,7 +63,8 @@ def format_of(node: ir.Node) -> Format | None:
 def linear_node(form: Format, x: ir.Value | None, weights: Sequence[ir.Value], n: int, k: int) -> ir.Node:
     """The node that multiplies x [..., k] with weights as `weight_parts` lists them.
 
-    CUDA's MatMulNBits does not look at the accuracy level: its activations stay float16 or bfloat16.
+    CUDA's MatMulNBits does not look at the accuracy level: its activations stay float16 or bfloat16. For a format with
+    minima x has its block means behind it (`with_block_means`).
     """
     if form.kernel == "none":
         return ir.node("FusedMatMul", [x, *weights], {"transB": 1}, domain=MICROSOFT)
@@ -72,10 +73,23 @@ def linear_node(form: Format, x: ir.Value | None, weights: Sequence[ir.Value], n
     if form.kernel == "fp8":
         return ir.node("MatMulBlockQuantizedFp8Weight", [x, *weights], {"block_size": form.block}, domain=MICROSOFT)
     attributes = {
-        "K": k,
+        "K": k + (k // form.block if form.minima else 0),
         "N": n,
         "bits": form.bits,
         "block_size": form.block,
         "accuracy_level": ACCURACY_LEVEL,
     }
     return ir.node("MatMulNBits", [x, *weights], attributes, domain=MICROSOFT)
+
+
+def with_block_means(graph: ir.Graph, before: ir.Node, x: ir.Value, block: int) -> ir.Value:
+    """x [b, s, K] with the means of its blocks behind it, [b, s, K + K / block]; one for all that read x."""
+    name = f"{x.name}.means-{block}"
+    for use in x.uses():
+        if use.node.op_type == "Concat" and use.node.outputs[0].name == name:
+            return use.node.outputs[0]
+    pool = ir.node("AveragePool", [x], {"kernel_shape": [block], "strides": [block]}, name=f"{name}/AveragePool")
+    joined = ir.node("Concat", [x, pool.outputs[0]], {"axis": -1}, name=f"{name}/Concat")
+    joined.outputs[0].name = name
+    graph.insert_before(before, [pool, joined])
+    return joined.outputs[0]

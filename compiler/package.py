@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from dsopt.runtime.artifact import GRAPH, MANIFEST, WEIGHTS, Manifest
+from dsopt.runtime.artifact import GRAPH, MANIFEST, Manifest
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.files import hash_content, remember_sha256
 
@@ -99,8 +99,8 @@ def stored_bytes(model: ir.Model, above: int = 0) -> int:
     return sum(size for size in sizes if size > above)
 
 
-def write_graph(model: ir.Model, directory: Path, progress: Progress | None = None) -> None:
-    """Write model.onnx and model.onnx.data, evaluating one lazy tensor after the other."""
+def write_graph(model: ir.Model, directory: Path, progress: Progress | None = None, name: str = GRAPH) -> None:
+    """Write the graph `name` and its weights `name`.data, evaluating one lazy tensor after the other."""
     total, done = stored_bytes(model, above=_INLINE), 0
 
     def written(tensor: ir.TensorProtocol, _info: object) -> None:
@@ -113,8 +113,8 @@ def write_graph(model: ir.Model, directory: Path, progress: Progress | None = No
         # Page-aligned weights: ONNX Runtime maps them instead of reading them.
         ir.save(
             model,
-            directory / GRAPH,
-            external_data=WEIGHTS,
+            directory / name,
+            external_data=f"{name}.data",
             size_threshold_bytes=_INLINE,
             callback=written,
             alignment=4096,
@@ -135,11 +135,11 @@ def write_texts(directory: Path, files: Mapping[str, bytes]) -> None:
 
 
 def describe_files(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size and hash of each file written, for the manifest."""
+    """Size and hash of each file written, for the manifest. Directories have manifests of their own."""
     return {
         path.name: {"bytes": path.stat().st_size, "sha256": hash_content(path)}
         for path in sorted(directory.iterdir())
-        if path.name != MANIFEST
+        if path.name != MANIFEST and path.is_file()
     }
 
 
@@ -147,9 +147,9 @@ def seal(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST).write_bytes(manifest.to_json())
 
 
-def remember_hashes(directory: Path, manifest: Manifest) -> None:
+def remember_hashes(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
     """The hashes just computed hold at the final path too: spare the first reader."""
-    for name, entry in manifest.files.items():
+    for name, entry in files.items():
         remember_sha256(directory / name, str(entry["sha256"]))
 
 

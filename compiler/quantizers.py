@@ -17,16 +17,63 @@ from torch import Tensor
 # How far beyond the largest magnitude the code range may reach, or stop short of it (then that weight is clipped).
 _SYMMETRIC_GRID = {4: (1.08, 1.0, 0.9), 8: (1.0,)}
 _ASYMMETRIC_GRID = {4: (1.0, 0.93, 0.86), 8: (1.0,)}
+# Shares of the range cut off below and above, for minima.
+_MINIMA_GRID = ((0.0, 0.0), (0.04, 0.04), (0.08, 0.0), (0.0, 0.08))
 _CHUNK = 1 << 17  # elements a thread works on at a time: its temporaries stay in the L2 cache
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Quantized rows: codes uint8 [N, blocks, block], scales float32 [N, blocks], zero_points uint8 [N, blocks]."""
+    """Quantized rows: codes uint8 [N, blocks, block], scales float32 [N, blocks], zero_points uint8 [N, blocks].
+
+    `rest` float32 [N, blocks], where minima were asked for: x ~ scale * (code - zero_point) + rest.
+    """
 
     codes: Tensor
     scales: Tensor
     zero_points: Tensor
+    rest: Tensor | None = None
+
+
+def quantize_minima(x: Tensor, bits: int, block: int, *, importance: Tensor | None = None) -> Blocks:
+    """Quantize rows x float32 [N, K], K whole blocks, with a real minimum for each block: x ~ scale * q + minimum.
+
+    For given codes q, scale and minimum are a weighted line fit; of several ranges the one that fits best is taken.
+    Weights that lie on such a grid already and use both its ends (GGUF's Q4_1) come back as they are.
+    """
+    x = x.unflatten(1, (-1, block)).permute(2, 0, 1).contiguous()
+    weight = _error_weights(x, importance, 0)
+    low, high = x.amin(0), x.amax(0)
+    best: tuple[Tensor, ...] | None = None
+    for shrink_low, shrink_high in _MINIMA_GRID:
+        first, last = low + shrink_low * (high - low), high - shrink_high * (high - low)
+        q = ((x - first) * _safe_inverse((last - first) / (2**bits - 1))).round_().clamp_(0, 2**bits - 1)
+        candidate = (*_fit_line(x, q, weight), q)
+        if best is None:
+            best = candidate
+            continue
+        better = candidate[0] < best[0]
+        best = tuple(torch.where(better, new, old) for new, old in zip(candidate, best, strict=True))
+    assert best is not None
+    _, scales, minima, q = best
+    return affine_blocks(q.permute(1, 2, 0).to(torch.uint8), scales, minima, bits)
+
+
+def affine_blocks(codes: Tensor, scales: Tensor, minima: Tensor, bits: int) -> Blocks:
+    """scale * code + minimum, with the nearest integer zero point and the rest that it misses."""
+    zeros = (-minima * _safe_inverse(scales)).round_().clamp_(0, 2**bits - 1)
+    return Blocks(codes.contiguous(), scales, zeros.to(torch.uint8), minima + scales * zeros)
+
+
+def _fit_line(x: Tensor, q: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The weighted squared error, scale and minimum of the best x ~ scale * q + minimum of each block."""
+    w = torch.ones((), dtype=x.dtype) if weight is None else weight
+    total = (w * torch.ones_like(x)).sum(0) if weight is None else weight.expand_as(x).sum(0)
+    mean_q, mean_x = (w * q).sum(0) / total, (w * x).sum(0) / total
+    dq, dx = q - mean_q, x - mean_x
+    scale = (w * dq * dx).sum(0) / (w * dq * dq).sum(0).clamp_min(1e-30)
+    error = (w * (dx - scale * dq) ** 2).sum(0)
+    return error, scale, mean_x - scale * mean_q
 
 
 def quantize_blocks(
@@ -129,9 +176,9 @@ def repeat_square_scales(scales: Tensor, rows: int, block: int = 128) -> Tensor:
     return scales.repeat_interleave(block, 0)[:rows]
 
 
-def for_row_chunks(rows: int, width: int, work: Callable[[int, int], None]) -> None:
+def for_row_chunks(rows: int, width: int, work: Callable[[int, int], None], step: int | None = None) -> None:
     """Call `work(start, stop)` for chunks of rows on all cores; tensor operations inside run single-threaded."""
-    step = max(1, _CHUNK // width)
+    step = step or max(1, _CHUNK // width)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

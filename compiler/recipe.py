@@ -4,6 +4,8 @@ The first word is the format of every linear layer; `ROLE=FORMAT` overrides it f
 
     none            float32
     int4 int8       weight-only, MatMulNBits: per block of the input dimension a scale and, with `-zp`, a zero point
+    int4-min        per block a scale and a real minimum, as in GGUF's Q4_1 and Q4_K, which it stores without loss:
+                    an integer zero point, and what it misses as weights of the inputs' block means
     w8a8            int8 weights per output channel, activations quantized on the fly: DynamicQuantizeMatMul. The head
                     stays int8 unless said: one activation scale for all rows would make logits depend on their number
     fp8             float8 (e4m3) with a scale per 128 inputs: MatMulBlockQuantizedFp8Weight, on CUDA only
@@ -24,7 +26,7 @@ from dsopt.runtime.errors import UsageError
 _PLAIN: dict[str, tuple[Any, ...]] = {"none": (), "w8a8": ("w8a8", 8), "fp8": ("fp8", 8, 128)}
 CACHES = ("float", "fp8")
 DTYPES = ("fp32", "fp16", "bf16")
-_FORMAT = re.compile(r"(none|w8a8|fp8|int4|int8)(-zp)?(?:-b(16|32|64|128|256))?")
+_FORMAT = re.compile(r"(none|w8a8|fp8|int4|int8)(-zp|-min)?(?:-b(16|32|64|128|256))?")
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Format:
     bits: int = 32
     block: int = 0
     zero_points: bool = False
+    minima: bool = False  # a real one for each block; zero_points is set too
 
     @classmethod
     def parse(cls, text: str) -> "Format":
@@ -48,7 +51,9 @@ class Format:
             if zero_points or block:
                 raise UsageError(f"--quant: {text!r}: {kind} has neither zero points nor a choice of blocks")
             return cls(*_PLAIN[kind])
-        return cls("nbits", int(kind[3:]), int(block or 32), bool(zero_points))
+        if kind == "int8" and zero_points == "-min":
+            raise UsageError(f"--quant: {text!r}: 8 bits have no use for minima; int8-zp has zero points")
+        return cls("nbits", int(kind[3:]), int(block or 32), bool(zero_points), zero_points == "-min")
 
     def nbytes(self, n: int, k: int, width: int = 4) -> int:
         """Bytes of a weight [n, k]: codes, scales, zero points; `width` is that of a float of the graph."""
@@ -56,17 +61,25 @@ class Format:
             return width * n * k
         if self.kernel == "w8a8":
             return n * k + 4 * n
-        blocks = -(-k // self.block)
+        blocks = self.blocks(k)
         if self.kernel == "fp8":
             return n * k + 4 * n * blocks
         zeros = -(-blocks * self.bits // 8) if self.zero_points else 0
         return n * (blocks * self.block * self.bits // 8 + width * blocks + zeros)
 
+    def blocks(self, k: int) -> int:
+        """Blocks that a row of k weights takes, those of the block means included."""
+        blocks = -(-k // self.block)
+        return blocks + (-(-blocks // self.block) if self.minima else 0)
+
     def __str__(self) -> str:
         if self.kernel != "nbits":
             return self.kernel
-        return f"int{self.bits}{'-zp' * self.zero_points}{'' if self.block == 32 else f'-b{self.block}'}"
+        offset = "-min" if self.minima else "-zp" * self.zero_points
+        return f"int{self.bits}{offset}{'' if self.block == 32 else f'-b{self.block}'}"
 
+
+HEAD = "lm_head"  # the head's module name, also where its weight is the embedding's
 
 # `auto` until a search chooses per node: the fastest of the recipes whose loss is hard to notice (see README).
 PRESETS = {"auto": "int8"}
@@ -79,6 +92,7 @@ class Recipe:
     text: str
     default: Format
     roles: Mapping[str, Format] = field(default_factory=dict)
+    modules: Mapping[str, Format] = field(default_factory=dict)  # by module name; goes before the role
     dtype: str = "fp32"
     cache: str = "float"  # float: as dtype | fp8
 
@@ -106,7 +120,7 @@ class Recipe:
         default = Format.parse(first)
         if default.kernel == "w8a8":
             roles.setdefault("head", Format("nbits", 8, 32))
-        return cls(",".join([first, *overrides]), default, roles, dtype, cache)
+        return cls(",".join([first, *overrides]), default, roles, dtype=dtype, cache=cache)
 
     @property
     def float_bytes(self) -> int:
@@ -126,19 +140,19 @@ class Recipe:
             return self
         return replace(self, text=f"{self.text},dtype={_check_dtype(dtype)}", dtype=dtype)
 
-    def format(self, role: str) -> Format:
-        return self.roles.get(role, self.default)
+    def format(self, role: str, module: str = "") -> Format:
+        return self.modules.get(module) or self.roles.get(role, self.default)
 
     def embedding(self, width: int) -> Format:
         """The table of the embedding: as said, else as the head (so that a tied table can be stored once).
 
-        A head in w8a8 has no layout that a gather can read; 8 bits in blocks stand in. Rows of `width` that are not
-        whole blocks stay float: a gather cannot read a padded row.
+        A head in w8a8 or with minima has no layout that a gather can read; 8 bits in blocks stand in. Rows of
+        `width` that are not whole blocks stay float: a gather cannot read a padded row.
         """
-        form = self.roles.get("embed", self.format("head"))
+        form = self.roles.get("embed", self.format("head", HEAD))
         if form.kernel == "fp8":
             return Format()
-        if form.kernel == "w8a8":
+        if form.kernel == "w8a8" or form.minima:
             form = Format("nbits", 8, 32)
         return Format() if form.kernel == "nbits" and width % form.block else form
 

@@ -28,19 +28,19 @@ class Reference:
             torch.set_num_threads(threads)
         family, config = find_family(checkpoint.config.get("model_type")), read_config(checkpoint)
         with torch.device("meta"):
-            self._model = family.Model(config)
+            self.model = family.Model(config)
         self._load(checkpoint, progress)
-        self._model.eval().requires_grad_(False)
+        self.model.eval().requires_grad_(False)
 
     def __call__(self, ids: NDArray[np.int64], rows: int) -> NDArray[np.float32]:
         """Logits float32 [rows, vocab] of the last `rows` of ids [n], from an empty context."""
         with torch.inference_mode():
-            logits, _ = self._model(torch.from_numpy(ids)[None])
+            logits, _ = self.model(torch.from_numpy(ids)[None])
         return logits[0, -rows:].numpy()
 
     def _load(self, checkpoint: Checkpoint, progress: Progress | None) -> None:
-        parameters = dict(self._model.named_parameters(remove_duplicate=False))
-        total = sum(4 * parameter.numel() for parameter in self._model.parameters())
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        total = sum(4 * parameter.numel() for parameter in self.model.parameters())
         done, loaded = 0, {}  # by parameter: a tied head is one with two names
         for name, parameter in parameters.items():
             if parameter in loaded:
@@ -50,7 +50,7 @@ class Reference:
             if progress:
                 progress(done, total)
         state = {name: loaded[parameter] for name, parameter in parameters.items()}
-        self._model.load_state_dict(state, assign=True)
+        self.model.load_state_dict(state, assign=True)
 
 
 def _read(checkpoint: Checkpoint, name: str, shape: tuple[int, ...]) -> torch.Tensor:

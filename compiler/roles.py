@@ -13,6 +13,7 @@ from dsopt.runtime.errors import DsoptError
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "head")
 GROUPS = {"qkv": ("q", "k", "v"), "attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
+HEAD_NORM = ("Reshape", "RMSNormalization", "Reshape")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def _proved(node: ir.Node) -> str | None:
     output, source = node.outputs[0], node.inputs[0]
     if output.is_graph_output():
         return "head"
-    for use in output.uses():
+    for use in _behind_head_norm(output).uses():
         if use.node.op_type == "GroupQueryAttention" and use.idx < 3:
             return "qkv"[use.idx]
     producer = source.producer() if source is not None else None
@@ -90,3 +91,14 @@ def _proved(node: ir.Node) -> str | None:
     if all(use.node.op_type == "Mul" for use in output.uses()):
         return "up"
     return None
+
+
+def _behind_head_norm(value: ir.Value) -> ir.Value:
+    """The value that attention reads where query and key are normed by head: Reshape, RMSNormalization, Reshape."""
+    found = value
+    for op in HEAD_NORM:
+        uses = list(found.uses())
+        if len(uses) != 1 or uses[0].idx != 0 or uses[0].node.op_type != op:
+            return value
+        found = uses[0].node.outputs[0]
+    return found

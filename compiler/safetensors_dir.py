@@ -53,7 +53,7 @@ def open_safetensors_dir(path: Path, *, kind: str, name: str) -> Checkpoint:
             "give the original F32, F16 or BF16 checkpoint"
         )
     files = _tokenizer_files(path)
-    tensors = _tensors(path)
+    tensors = open_tensors(path)
     shards = {tensor.path for tensor in tensors.values()}
     beside = [p for p in (path / "config.json", *(path / file for file in files)) if p.exists()]
     source = Source(kind, name, path, content=tuple(sorted({*shards, *beside})))
@@ -111,7 +111,8 @@ def _chat_template(path: Path) -> str | None:
     raise DsoptError(f"{path / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, not text")
 
 
-def _tensors(path: Path) -> dict[str, SafetensorsTensor]:
+def open_tensors(path: Path) -> dict[str, SafetensorsTensor]:
+    """The tensors of a directory by name, unread. Raises DsoptError as `open_safetensors_dir` does."""
     if (path / SINGLE).exists():
         return _open_shard(path / SINGLE)
     if (path / INDEX).exists():

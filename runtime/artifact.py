@@ -54,7 +54,9 @@ class Manifest:
     quality: Mapping[str, Any] | None = None  # measured loss against the checkpoint
     speed: Mapping[str, Any] | None = None
     profile: Mapping[str, Any] | None = None  # kernel times of the machine it was made for
-    drafters: tuple[str, ...] = ()
+    pruning: Mapping[str, Any] | None = None  # what was removed: text, layers kept, steps, divergence after the repair
+    drafters: tuple[str, ...] = ()  # directories in this one
+    taps: tuple[int, ...] = ()  # layers whose outputs the graph gives, for drafters that read them
     format: int = field(default=FORMAT)
 
     def to_json(self) -> bytes:
@@ -75,7 +77,7 @@ class Manifest:
             odd = ", ".join(sorted(names ^ set(raw)))
             raise DsoptError(f"{where}: manifest with missing or unknown fields ({odd}); compile the model again")
         _check_values(raw, where)
-        return cls(**{**raw, **{name: tuple(raw[name]) for name in ("eos", "nodes", "drafters")}})
+        return cls(**{**raw, **{name: tuple(raw[name]) for name in ("eos", "nodes", "drafters", "taps")}})
 
 
 def _check_values(raw: Mapping[str, Any], where: Path) -> None:
@@ -83,7 +85,7 @@ def _check_values(raw: Mapping[str, Any], where: Path) -> None:
         _require(_has(raw, {name: str}), name, "a text", where)
     for name, inner in _OBJECTS.items():
         _require(_has(raw[name], inner), name, f"an object{_listed(inner)}", where)
-    for name, kind in (("eos", int), ("nodes", dict), ("drafters", str)):
+    for name, kind in (("eos", int), ("nodes", dict), ("drafters", str), ("taps", int)):
         good = isinstance(raw[name], list) and all(type(value) is kind for value in raw[name])
         _require(good, name, f"a list ({_NAMES[kind]} each)", where)
     _require(raw["bos"] is None or type(raw["bos"]) is int, "bos", "an integer or null", where)

@@ -120,9 +120,8 @@ class DeviceBinding(Binding):
     def run(self, ids: NDArray[np.int64], rows: int = 1) -> Logits:
         """Append ids int64 [n]; returns logits float32 [rows, vocab] of the last `rows` of them.
 
-        With a cache of several sequences ids are [batch, n] and logits [batch * rows, vocab].
-        The array may be overwritten by the next run. Raises DsoptError when the context is full; on any failure the
-        cache is as before.
+        With a cache of several sequences ids are [batch, n] and logits [batch * rows, vocab]. The array may be
+        overwritten by the next run. Raises DsoptError when the context is full; on any failure the cache is as before.
         """
         return self._advance(ids, rows).outputs["logits"].numpy().reshape(-1, self._vocab)
 

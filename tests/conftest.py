@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -67,7 +68,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 weights of a Llama, with Hugging Face's names."""
+    """Random float32 weights of a Llama or a Qwen3, with Hugging Face's names."""
     rng = np.random.default_rng(seed)
     hidden, wide, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     query = config["num_attention_heads"] * config["head_dim"]
@@ -86,6 +87,8 @@ def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]
         "mlp.up_proj": (wide, hidden),
         "mlp.down_proj": (hidden, wide),
     }
+    if config["model_type"] == "qwen3":
+        layer |= {"self_attn.q_norm": (config["head_dim"],), "self_attn.k_norm": (config["head_dim"],)}
     for index in range(config["num_hidden_layers"]):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     return {
@@ -114,7 +117,7 @@ def write_tiny_llama(
     tokenizer: Tokenizer | None = None,
     **config: Any,
 ) -> Path:
-    """A Hugging Face directory of a tiny random Llama; `config` overrides CONFIG."""
+    """A Hugging Face directory of a tiny random Llama; `config` overrides CONFIG (`model_type="qwen3"`)."""
     config = {**CONFIG, "tie_word_embeddings": tied, **config}
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -167,7 +170,7 @@ def compile_tiny(tmp_path_factory: pytest.TempPathFactory, exported_once: None) 
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DSOPT_CACHE", str(folder / "cache"))
             checkpoint = open_checkpoint(str(write_tiny_llama(folder / "checkpoint", **options)))
-            build.write(build.plan(checkpoint, Recipe.parse(recipe), target), folder / "artifact")
+            build.write(build.plan(checkpoint, Recipe.parse(recipe), target=target), folder / "artifact")
         return folder / "artifact"
 
     return make
@@ -186,10 +189,10 @@ def exported_once() -> Iterator[None]:
 
     export, made = build.export, {}
 
-    def reuse(family: Any, config: Any) -> Any:
-        key = repr((family, dataclasses.replace(config, tie_word_embeddings=False)))  # tying comes after the export
+    def reuse(family: Any, config: Any, taps: Any = ()) -> Any:
+        key = repr((family, dataclasses.replace(config, tie_word_embeddings=False), taps))  # tying comes afterwards
         if key not in made:
-            made[key] = export(family, config)
+            made[key] = export(family, config, taps)
         return made[key].clone()
 
     with pytest.MonkeyPatch.context() as patch:
@@ -208,7 +211,7 @@ def plan_tiny(tiny_llama_dir: Callable[..., Path], exported_once: None) -> Calla
 
     def plan(recipe: str = "none", source: Path | None = None, target: str = "cpu", **options: Any) -> Any:
         source = source or tiny_llama_dir(f"source-{next(made)}", **options)
-        return build.plan(open_checkpoint(str(source)), Recipe.parse(recipe), target)
+        return build.plan(open_checkpoint(str(source)), Recipe.parse(recipe), target=target)
 
     return plan
 
@@ -227,3 +230,34 @@ def build_tiny(plan_tiny: Callable[..., Any], tmp_path: Path) -> Callable[..., A
         return open_artifact(out)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def compile_pair(tmp_path_factory: pytest.TempPathFactory, exported_once: None) -> Callable[..., Any]:
+    """`compile_pair("vanilla", "int8")`: a tiny target with the drafter of that name in `deepspec_tiny`.
+
+    Has `target`, `drafter` and `artifact`, folders that are only to be read.
+    """
+    from deepspec_tiny import DRAFTERS, write_drafter
+
+    from dsopt.compiler import build
+    from dsopt.compiler.checkpoint import open_checkpoint
+    from dsopt.compiler.drafters.checkpoint import open_drafter
+    from dsopt.compiler.recipe import Recipe
+
+    made: dict[Any, SimpleNamespace] = {}
+
+    def make(name: str, recipe: str = "none", **options: Any) -> SimpleNamespace:
+        key = (name, recipe, *options.items())
+        if key not in made:
+            folder = tmp_path_factory.mktemp(name)
+            target = write_tiny_llama(folder / "target", **DRAFTERS[name][0], **options)
+            drafter = write_drafter(folder / "drafter", target, DRAFTERS[name][1])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("DSOPT_CACHE", str(folder / "cache"))
+                plan = build.plan(open_checkpoint(str(target)), Recipe.parse(recipe), open_drafter(str(drafter)))
+                build.write(plan, folder / "artifact")
+            made[key] = SimpleNamespace(target=target, drafter=drafter, artifact=folder / "artifact")
+        return made[key]
+
+    return make

@@ -13,8 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from dsopt.runtime.artifact import Artifact
+from dsopt.compiler import build
+from dsopt.compiler.checkpoint import open_checkpoint
+from dsopt.compiler.pruning.options import Pruning
+from dsopt.compiler.recipe import Recipe
+from dsopt.runtime.artifact import Artifact, open_artifact
 from dsopt.runtime.decoder import decode
 from dsopt.runtime.session import Session
 
@@ -71,6 +76,29 @@ def test_the_same_greedy_tokens(recipe: str, tied: bool, build_tiny: Callable[..
     artifact = build_tiny(recipe, tied=tied)
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, 256, length).tolist() for length in (1, 2, 7, 30, 100)]
+    assert genai_answers(artifact.directory, prompts, 24) == our_answers(artifact, prompts, 24)
+
+
+@pytest.mark.parametrize("pruning", ["layers=1", "blocks=2", "kv=1", "ffn=34%,kv=1,layers=1", "vocab"])
+def test_pruned_models(pruning: str, exported_once: None, tiny_llama_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """Fewer caches, fewer heads, fewer tokens: all that genai is told of. Of `blocks` the best may be attentions."""
+    rng = np.random.default_rng(0)
+    folder = tiny_llama_dir(num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, intermediate_size=96)
+    if pruning == "vocab":
+        (tmp_path / "corpus.txt").write_text("Bytes only.")
+        pruning = f"vocab={tmp_path / 'corpus.txt'}"
+    if pruning == "blocks=2":
+        weights = load_file(folder / "model.safetensors")
+        for layer in (0, 2):
+            weights[f"model.layers.{layer}.self_attn.o_proj.weight"][:] = 0
+        save_file(weights, folder / "model.safetensors")
+    options = Pruning.parse(pruning)
+    windows = list(rng.integers(0, 256, (16, 48)))
+    plan = build.plan(open_checkpoint(str(folder)), Recipe.parse("none"), options, calibrate=lambda _: windows)
+    build.write(plan, tmp_path / "out")
+    artifact = open_artifact(tmp_path / "out")
+    assert artifact.manifest.model["layers"] == {"layers=1": 3, "blocks=2": 2}.get(pruning, 3 if options.layers else 4)
+    prompts = [rng.integers(0, 256, length).tolist() for length in (1, 7, 30)]
     assert genai_answers(artifact.directory, prompts, 24) == our_answers(artifact, prompts, 24)
 
 

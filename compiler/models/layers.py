@@ -54,12 +54,14 @@ def group_query_attention(
     *,
     num_heads: int,
     kv_num_heads: int,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Causal grouped-query attention with rotary embedding and a KV cache, as ONNX Runtime's contrib operator.
+    """Grouped-query attention with rotary embedding and a KV cache, as ONNX Runtime's contrib operator.
 
     query [b, s, heads * d], key and value [b, s, kv_heads * d], past_* [b, kv_heads, c, d] whose first
     `total_length - s` positions are valid, seqlens_k int32 [b] = total length - 1, total_length int32 scalar.
     Returns the context [b, s, heads * d] and the present key and value [b, kv_heads, >= total_length, d].
+    Not `causal`, every row sees all others too.
     """
     head_dim = query.shape[-1] // num_heads
     if torch.compiler.is_exporting():
@@ -72,6 +74,7 @@ def group_query_attention(
                 "do_rotary": 1,
                 "rotary_interleaved": 0,
                 "scale": head_dim**-0.5,
+                **({} if causal else {"causal": 0}),
             },
             dtypes=[query.dtype, past_key.dtype, past_value.dtype],
             shapes=[query.shape, past_key.shape, past_value.shape],
@@ -85,9 +88,18 @@ def group_query_attention(
     query, key = _rotate(query, cos, sin, past), _rotate(key, cos, sin, past)
     key = torch.cat([past_key[:, :, :past], key], 2)
     value = torch.cat([past_value[:, :, :past], value], 2)
-    causal = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(past)
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=causal, enable_gqa=True)
+    mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(past) if causal else None
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
     return context.transpose(1, 2).flatten(2), key, value
+
+
+def rotary_embedding(x: Tensor, start: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x [b, heads, s, d], whose first row stands at position `start` int64 [1]."""
+    if torch.compiler.is_exporting():
+        return torch.onnx.ops.symbolic(
+            "com.microsoft::RotaryEmbedding", [x, start, cos, sin], dtype=x.dtype, shape=x.shape, version=1
+        )
+    return _rotate(x, cos, sin, int(start))
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:
@@ -101,6 +113,13 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
     cos, sin = cos[rows], sin[rows]
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMS norm of each head of x [b, s, heads * d], with one weight [d] for all heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unflatten(-1, (-1, *self.normalized_shape))).flatten(-2)
 
 
 class GatedMlp(nn.Module):

@@ -55,16 +55,20 @@ class Config:
                 tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             )
         except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise DsoptError(f"config.json: missing or malformed field ({error!r}) for a llama model") from error
+            raise DsoptError(
+                f"config.json: missing or malformed field ({error!r}) for a {_kind(config)} model"
+            ) from error
         made._check(config)
         return made
 
     def _check(self, config: Mapping[str, Any]) -> None:
         if config.get("hidden_act", "silu") != "silu":
-            raise DsoptError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; llama uses 'silu'")
+            raise DsoptError(
+                f"config.json: hidden_act {config['hidden_act']!r} is not supported; {_kind(config)} uses 'silu'"
+            )
         for field in ("attention_bias", "mlp_bias"):
             if config.get(field):
-                raise DsoptError(f"config.json: {field} = true is not supported for llama models")
+                raise DsoptError(f"config.json: {field} = true is not supported for {_kind(config)} models")
         if any(size < 1 for size in dataclasses.astuple(self) if type(size) is int):
             raise DsoptError("config.json: a size is zero or negative")
         if self.max_position_embeddings > _LONGEST:
@@ -92,7 +96,13 @@ class Config:
         return rotary_tables(self.head_dim, length, self.rope_theta, self.rope_scaling)
 
 
+def _kind(config: Mapping[str, Any]) -> object:
+    return config.get("model_type", "llama")
+
+
 class Attention(nn.Module):
+    causal = True
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -106,14 +116,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(hidden, kv_width, bias=False)
         self.o_proj = nn.Linear(width, hidden, bias=False)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value before the rotary embedding."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         context, present_key, present_value = group_query_attention(
-            self.q_proj(x),
-            self.k_proj(x),
-            self.v_proj(x),
-            *state,
-            num_heads=self.heads,
-            kv_num_heads=self.kv_heads,
+            *self.project(x), *state, num_heads=self.heads, kv_num_heads=self.kv_heads, causal=self.causal
         )
         return self.o_proj(context), present_key, present_value
 
@@ -124,9 +133,12 @@ class Block(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config)
+        self.self_attn = self.make_attention(config)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMlp(config.hidden_size, config.intermediate_size)
+
+    def make_attention(self, config: Config) -> nn.Module:
+        return Attention(config)
 
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attended, present_key, present_value = self.self_attn(self.input_layernorm(x), *state)
@@ -135,20 +147,22 @@ class Block(nn.Module):
 
 
 class Body(nn.Module):
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, block: type[Block]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Model(nn.Module):
-    """The whole model; parameters are named as in the checkpoint."""
+    """The whole model; parameters are named as in the checkpoint. Relatives have another `block`."""
+
+    block = Block
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.model = Body(config)
+        self.model = Body(config, self.block)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

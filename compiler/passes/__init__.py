@@ -9,7 +9,7 @@ from dsopt.compiler.passes.normalize_linears import NormalizeLinears
 from dsopt.compiler.passes.pack_projections import PackProjections
 from dsopt.compiler.passes.quantize_cache import QuantizeCache
 from dsopt.compiler.passes.quantize_embedding import QuantizeEmbedding
-from dsopt.compiler.passes.quantize_linears import QuantizeLinears
+from dsopt.compiler.passes.quantize_linears import Evidence, QuantizeLinears
 from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.targets import TARGETS, Target
 
@@ -17,12 +17,14 @@ CLEAN: list[ir.passes.InPlacePass] = [NormalizeLinears()]
 FUSE: list[ir.passes.InPlacePass] = [PackProjections(), FuseSkipNorms()]
 
 
-def pipeline(recipe: Recipe, target: Target = TARGETS["cpu"]) -> list[ir.passes.InPlacePass]:
+def pipeline(
+    recipe: Recipe, target: Target = TARGETS["cpu"], evidence: Evidence | None = None
+) -> list[ir.passes.InPlacePass]:
     """clean -> quantize -> fuse -> lower, and the target's own. Roles are found on the clean graph; fusion hides them.
 
     `CheckKernels` looks at the result.
     """
-    passes = [*CLEAN, QuantizeLinears(recipe), QuantizeEmbedding(recipe), *FUSE]
+    passes = [*CLEAN, QuantizeLinears(recipe, evidence), QuantizeEmbedding(recipe), *FUSE]
     if recipe.dtype != "fp32":
         passes.append(LowerPrecision(recipe.dtype))
     if recipe.cache == "fp8":

@@ -1,14 +1,18 @@
 """Linear layers that read the same input -> one with their outputs side by side.
 
-q, k and v become one call whose output GroupQueryAttention reads packed; gate and up become one whose output is split.
+q, k and v become one call whose output GroupQueryAttention reads packed, or which is split where query and key have
+norms of their own (the CPU's GroupQueryAttention cannot apply them); gate and up become one whose output is split.
 In a step of one token a call's fixed cost (quantizing the activations, waking the threads) is as long as its reading of
 the weights: of 576 x 1536 at 4 bits, two calls take 107 us, the packed one 84 and the split 12.
 Weights are concatenated along the output dimension, which is exact in every format.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import onnx_ir as ir
 
+from dsopt.compiler.roles import HEAD_NORM
 from dsopt.compiler.weights import initializer, lazy
 
 # The axis of each weight input that runs over output channels.
@@ -32,9 +36,11 @@ class PackProjections(ir.passes.InPlacePass):
 
 
 def _pack_attention(graph: ir.Graph, attention: ir.Node) -> bool:
-    projections = [value.producer() for value in attention.inputs[:3] if value is not None]
+    projections = [_before_head_norm(value).producer() for value in attention.inputs[:3] if value is not None]
     if len(projections) != 3 or not _can_pack(projections):
         return False
+    if projections != [value.producer() for value in attention.inputs[:3] if value is not None]:
+        return _pack_and_split(graph, projections, "qkv_proj", "qkv")
     packed = _pack(graph, projections, "qkv_proj")
     attention.replace_input_with(0, packed)
     attention.replace_input_with(1, None)
@@ -52,18 +58,33 @@ def _pack_gate(graph: ir.Graph, sigmoid: ir.Node) -> bool:
     pair = [value.producer() if value is not None else None for value in (gate, up)]
     if (silu.op_type, product.op_type) != ("Mul", "Mul") or not _can_pack(pair):
         return False
-    packed = _pack(graph, pair, "gate_up_proj")
-    sizes = [_outputs(node) for node in pair if node is not None]
+    return _pack_and_split(graph, pair, "gate_up_proj", ("gate", "up"))
+
+
+def _pack_and_split(graph: ir.Graph, nodes: list[ir.Node | None], name: str, parts: Sequence[str]) -> bool:
+    packed = _pack(graph, nodes, name)
+    sizes = [_outputs(node) for node in nodes if node is not None]
     name = (packed.name or "").rpartition("/")[0]
     widths = initializer(graph, ir.tensor(np.array(sizes, np.int64), name=f"{name}.widths"))
-    split = ir.node("Split", [packed, widths], {"axis": -1}, num_outputs=2, name=f"{name}/Split")
-    graph.insert_before(sigmoid, split)
-    for node, output, part in zip(pair, split.outputs, ("gate", "up"), strict=True):
+    split = ir.node("Split", [packed, widths], {"axis": -1}, num_outputs=len(parts), name=f"{name}/Split")
+    graph.insert_after(packed.producer(), split)  # type: ignore[arg-type]
+    for node, output, part in zip(nodes, split.outputs, parts, strict=True):
         assert node is not None
         output.name = f"{name}/Split.{part}"
         node.outputs[0].replace_all_uses_with(output)
-    _remove(graph, pair)
+    _remove(graph, nodes)
     return True
+
+
+def _before_head_norm(value: ir.Value) -> ir.Value:
+    """What a norm by heads reads, if `value` comes out of one: Reshape, RMSNormalization, Reshape, backwards."""
+    found = value
+    for op in reversed(HEAD_NORM):
+        node = found.producer()
+        if node is None or node.op_type != op or node.inputs[0] is None:
+            return value
+        found = node.inputs[0]
+    return found
 
 
 def _outputs(node: ir.Node) -> int:

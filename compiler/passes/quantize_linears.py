@@ -1,6 +1,6 @@
 """FusedMatMul -> the operator of the format that the recipe gives each linear layer's role."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from functools import partial
 
 import ml_dtypes
@@ -8,30 +8,59 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dsopt.compiler.kernels import linear_node, weight_parts
-from dsopt.compiler.quantizers import for_row_chunks, pack_nibbles, quantize_blocks, quantize_columns, quantize_fp8
-from dsopt.compiler.recipe import Format, Recipe
+from dsopt.compiler.calibrate import InputStatistics
+from dsopt.compiler.gguf import GgufTensor
+from dsopt.compiler.gguf_blocks import counterpart, repack
+from dsopt.compiler.gptq import inverse_factor, round_weights
+from dsopt.compiler.kernels import linear_node, weight_parts, with_block_means
+from dsopt.compiler.quantizers import (
+    Blocks,
+    for_row_chunks,
+    pack_nibbles,
+    quantize_blocks,
+    quantize_columns,
+    quantize_fp8,
+    quantize_minima,
+)
+from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import Linear, find_linears
 from dsopt.compiler.weights import Shared, Weight, initializer, lazy
 
+_GPTQ_ROWS = 768  # rounded together: enough rows to hide the loop over channels, few enough for the cache
+
+Evidence = Callable[[str], InputStatistics]
+"""What is known of a module's input, by module name."""
+
 
 class QuantizeLinears(ir.passes.InPlacePass):
-    """`importance` maps a module's name to E[x^2] of its input, float32 [K]; modules without it weigh all alike."""
+    """With `evidence`, weights of few bits are rounded by GPTQ; without it, each to the nearest code.
 
-    def __init__(self, recipe: Recipe, importance: Mapping[str, np.ndarray] | None = None) -> None:
+    `find` gives the linear layers of a graph that is no decoder's.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        evidence: Evidence | None = None,
+        find: Callable[[ir.Graph], list[Linear]] = find_linears,
+    ) -> None:
         super().__init__()
-        self.recipe, self.importance = recipe, importance or {}
+        self.recipe, self.evidence, self.find = recipe, evidence, find
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
         modified = False
-        for linear in find_linears(graph):
-            form = self.recipe.format(linear.role)
+        for linear in self.find(graph):
+            form = self.recipe.format(linear.role, module_name(linear))
             if form.kernel == "none":
                 continue
             weight = linear.weight
             weights = self._weights(graph, linear, form)
-            _replace(graph, linear.node, linear_node(form, linear.node.inputs[0], weights, *linear.size))
+            source = linear.node.inputs[0]
+            assert source is not None
+            if form.minima:
+                source = with_block_means(graph, linear.node, source, form.block)
+            _replace(graph, linear.node, linear_node(form, source, weights, *linear.size))
             if not weight.uses():
                 graph.initializers.pop(str(weight.name))
             modified = True
@@ -39,12 +68,18 @@ class QuantizeLinears(ir.passes.InPlacePass):
 
     def _weights(self, graph: ir.Graph, linear: Linear, form: Format) -> list[ir.Value]:
         if form.kernel == "nbits":
-            return block_initializers(graph, linear.weight, form, self.importance.get(linear.name))
+            name, evidence = module_name(linear), self.evidence
+            return block_initializers(graph, linear.weight, form, (lambda: evidence(name)) if evidence else None)
         n, k = linear.size
         source = _weight(linear.weight)
         make = _fp8_codes if form.kernel == "fp8" else _column_codes
         shared = Shared(lambda: make(source, n, k))
         return _lazy_parts(graph, str(linear.weight.name), form, (n, k), shared)
+
+
+def module_name(linear: Linear) -> str:
+    """The name by which a recipe knows a linear layer: the checkpoint's, and `lm_head` for a tied head too."""
+    return HEAD if linear.role == "head" else linear.name
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
@@ -58,7 +93,7 @@ def _weight(value: ir.Value) -> Weight:
 
 
 def block_initializers(
-    graph: ir.Graph, value: ir.Value, form: Format, importance: np.ndarray | None = None
+    graph: ir.Graph, value: ir.Value, form: Format, evidence: Callable[[], InputStatistics] | None = None
 ) -> list[ir.Value]:
     """The lazily quantized `value` [N, K]: codes uint8 [N, blocks, bytes], scales [N, blocks], zero points or none.
 
@@ -69,7 +104,7 @@ def block_initializers(
         found = [graph.initializers.get(f"{name}.{part}") for part in ("codes", "scales", "zeros")]
         return [part for part in found if part is not None]
     n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
-    shared = Shared(lambda: _block_codes(weight, n, k, form, importance), keep=["zeros"])
+    shared = Shared(lambda: _block_codes(weight, n, k, form, evidence), keep=["zeros"])
     return _lazy_parts(graph, name, form, (n, k), shared)
 
 
@@ -80,22 +115,57 @@ def _lazy_parts(graph: ir.Graph, name: str, form: Format, size: tuple[int, int],
     ]
 
 
-def _block_codes(weight: Weight, n: int, k: int, form: Format, importance: np.ndarray | None) -> dict[str, np.ndarray]:
-    blocks = -(-k // form.block)
+def is_exact(weight: Weight, form: Format) -> bool:
+    """Whether `form` holds the weight as the checkpoint does, code for code."""
+    return isinstance(weight.tensor, GgufTensor) and counterpart(weight.tensor.dtype) == form
+
+
+def _block_codes(
+    weight: Weight, n: int, k: int, form: Format, evidence: Callable[[], InputStatistics] | None
+) -> dict[str, np.ndarray]:
+    blocks = form.blocks(k)
     codes = np.empty((n, blocks, form.block * form.bits // 8), np.uint8)
     scales = np.empty((n, blocks), np.float32)
     zeros = np.empty((n, -(-blocks * form.bits // 8)), np.uint8)
-    weights = None if importance is None else torch.from_numpy(importance)
 
-    def work(start: int, stop: int) -> None:
-        rows = torch.from_numpy(weight.read(start, stop))
-        made = quantize_blocks(rows, form.bits, form.block, zero_points=form.zero_points, importance=weights)
+    def keep(start: int, stop: int, made: Blocks) -> None:
+        made = made if made.rest is None else _with_rest(made, form)
         pack = pack_nibbles if form.bits == 4 else torch.Tensor.numpy
         codes[start:stop], scales[start:stop] = pack(made.codes), made.scales.numpy()
         zeros[start:stop] = pack(made.zero_points)
 
-    for_row_chunks(n, k, work)
+    if evidence is not None and form.bits < 8 and not is_exact(weight, form):
+        factor = inverse_factor(evidence().gram, form.block)
+
+        def work(start: int, stop: int) -> None:
+            keep(start, stop, _fed_back(weight, start, stop, factor, form))
+
+        for_row_chunks(n, k, work, _GPTQ_ROWS)
+    else:
+        for_row_chunks(n, k, lambda start, stop: keep(start, stop, _rounded(weight, start, stop, form)))
     return {"codes": codes, "scales": scales, **({"zeros": zeros} if form.zero_points else {})}
+
+
+def _fed_back(weight: Weight, start: int, stop: int, factor: torch.Tensor, form: Format) -> Blocks:
+    return round_weights(torch.from_numpy(weight.read(start, stop)), factor, form)
+
+
+def _rounded(weight: Weight, start: int, stop: int, form: Format) -> Blocks:
+    if is_exact(weight, form):
+        assert isinstance(weight.tensor, GgufTensor)
+        return repack(weight.tensor, start, stop)
+    rows = torch.from_numpy(weight.read(start, stop))
+    if form.minima:
+        return quantize_minima(rows, form.bits, form.block)
+    return quantize_blocks(rows, form.bits, form.block, zero_points=form.zero_points)
+
+
+def _with_rest(made: Blocks, form: Format) -> Blocks:
+    """The rest of each block as a weight of that block's mean: sum(rest * x) = rest * block * mean(x)."""
+    assert made.rest is not None
+    more = quantize_blocks(made.rest * form.block, form.bits, form.block, zero_points=True)
+    pairs = [(made.codes, more.codes), (made.scales, more.scales), (made.zero_points, more.zero_points)]
+    return Blocks(*(torch.cat(pair, 1) for pair in pairs))
 
 
 def _column_codes(weight: Weight, n: int, k: int) -> dict[str, np.ndarray]:

@@ -114,7 +114,7 @@ def copy_bandwidth(device: str, nbytes: int) -> float:
 
 
 def _compile(source: Path, recipe: str, out: Path) -> Artifact:
-    build.write(build.plan(open_checkpoint(str(source)), Recipe.parse(recipe), "cuda"), out)
+    build.write(build.plan(open_checkpoint(str(source)), Recipe.parse(recipe), target="cuda"), out)
     return open_artifact(out)
 
 

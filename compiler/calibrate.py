@@ -1,0 +1,172 @@
+"""What a model's activations look like on a text: absolute maxima, means, squares and Gram matrices of each input.
+
+A sweep through the blocks, one in memory at a time. What it finds is kept in the cache, a file a layer, under a
+fingerprint of weights and text: a sweep that was cut short goes on where it stopped, one that was done is not done
+again.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dsopt.compiler.recipe import HEAD
+from dsopt.compiler.stream import BlockStream, observed
+from dsopt.runtime.files import cache_dir
+
+Progress = Callable[[int, int], None]  # layers done, layers in all
+
+_VERSION = 1  # of what is computed: another makes older files strangers
+_KEPT = 8  # windows whose hidden states stay, for what is measured on fewer tokens
+_BATCH = 4  # windows run through a block together: bounds the memory of its activations
+# Linear layers that read the same input: only the first's is kept.
+_READS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Over all tokens, of one linear layer's input: float32 [K] each, and `gram` = E[x x^T], float32 [K, K]."""
+
+    absmax: Tensor
+    mean: Tensor
+    gram: Tensor
+
+    @property
+    def square(self) -> Tensor:
+        """E[x^2], float32 [K]."""
+        return self.gram.diagonal()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a sweep left behind. `windows` int64 [windows, tokens] are the text it was done on."""
+
+    directory: Path
+    windows: np.ndarray
+    depth: int
+
+    def input(self, module: str) -> InputStatistics:
+        """Of the input of a linear layer, by module name (`model.layers.3.mlp.down_proj`)."""
+        if module == HEAD:
+            return _input(self.directory, self.depth, HEAD)
+        path, _, leaf = module.rpartition(".")
+        layer = int(module.split(".")[2])
+        return _input(self.directory, layer, f"{path}.{_READS.get(leaf, leaf)}")
+
+    def hidden(self, layer: int) -> Tensor:
+        """The input of a block, or after the last one of the final norm: float32 [windows, tokens, width].
+
+        Of the first windows only.
+        """
+        with safe_open(_file(self.directory, layer), "pt") as file:
+            return file.get_tensor("hidden")
+
+
+@lru_cache(maxsize=4)
+def _input(directory: Path, layer: int, name: str) -> InputStatistics:
+    with safe_open(_file(directory, layer), "pt") as file:
+        return InputStatistics(*(file.get_tensor(f"{name}.{part}") for part in ("absmax", "mean", "gram")))
+
+
+def fingerprint(source: str, windows: np.ndarray) -> str:
+    """Of a checkpoint (its SHA-256) and a text: what statistics depend on."""
+    text = hashlib.sha256(np.ascontiguousarray(windows, np.int64).tobytes()).hexdigest()
+    return hashlib.sha256(f"{_VERSION} {source} {windows.shape} {text}".encode()).hexdigest()[:32]
+
+
+def calibrate(stream: BlockStream, windows: np.ndarray, progress: Progress = lambda done, total: None) -> Statistics:
+    """Sweep the model over windows of ids int64 [windows, tokens], each from an empty context.
+
+    On disk: for each layer the Gram matrices of its inputs and its hidden states, in float32.
+    """
+    directory = cache_dir() / "statistics" / fingerprint(stream.checkpoint.source.sha256, windows)
+    directory.mkdir(parents=True, exist_ok=True)
+    found = Statistics(directory, windows, stream.depth)
+    first = next((layer for layer in range(stream.depth) if not _is_complete(directory, layer)), stream.depth)
+    with torch.inference_mode():
+        if first == 0:
+            _keep(directory, 0, {"hidden": stream.embed(windows)})
+        for layer in range(first, stream.depth):
+            progress(layer, stream.depth)
+            _sweep_block(stream, found, layer)
+        if not _is_complete(directory, stream.depth):
+            _sweep_head(stream, found)
+    progress(stream.depth, stream.depth)
+    return found
+
+
+def _sweep_block(stream: BlockStream, found: Statistics, layer: int) -> None:
+    """Begin the next layer's file with its input, then complete this one's.
+
+    Killed between the two, a resumption finds the next layer begun and this one without statistics: it looks for that.
+    """
+    hidden, block = found.hidden(layer), stream.block(layer)
+    sums = _Sums()
+    with observed(block, f"model.layers.{layer}.", sums.add):
+        outputs = [block(part, *stream.state(*part.shape[:2]))[0] for part in hidden.split(_BATCH)]
+    _keep(found.directory, layer + 1, {"hidden": torch.cat(outputs)})
+    _keep(found.directory, layer, {"hidden": hidden[:_KEPT], **sums.statistics()})
+
+
+def _sweep_head(stream: BlockStream, found: Statistics) -> None:
+    hidden, sums = found.hidden(stream.depth), _Sums()
+    for window in hidden:
+        sums.add(HEAD, stream.norm()(window), window)
+    _keep(found.directory, stream.depth, {"hidden": hidden[:_KEPT], **sums.statistics()})
+
+
+def _is_complete(directory: Path, layer: int) -> bool:
+    if not _file(directory, layer).exists():
+        return False
+    with safe_open(_file(directory, layer), "pt") as file:
+        return len(file.keys()) > 1
+
+
+class _Sums:
+    """Running sums over the tokens that pass."""
+
+    def __init__(self) -> None:
+        self._gram: dict[str, Tensor] = {}
+        self._sum: dict[str, Tensor] = {}
+        self._absmax: dict[str, Tensor] = {}
+        self._tokens: dict[str, int] = {}
+
+    def add(self, module: str, x: Tensor, _output: Tensor) -> None:
+        if module.rpartition(".")[2] in _READS:
+            return
+        x = x.flatten(0, -2)
+        if module not in self._gram:
+            width = x.shape[1]
+            self._gram[module], self._sum[module] = torch.zeros(width, width), torch.zeros(width)
+            self._absmax[module], self._tokens[module] = torch.zeros(width), 0
+        self._gram[module].addmm_(x.T, x)
+        self._sum[module] += x.sum(0)
+        self._absmax[module] = torch.maximum(self._absmax[module], x.abs().amax(0))
+        self._tokens[module] += len(x)
+
+    def statistics(self) -> dict[str, Tensor]:
+        made = {}
+        for module, tokens in self._tokens.items():
+            made[f"{module}.gram"] = self._gram[module] / tokens
+            made[f"{module}.mean"] = self._sum[module] / tokens
+            made[f"{module}.absmax"] = self._absmax[module]
+        return made
+
+
+def _file(directory: Path, layer: int) -> Path:
+    return directory / f"layer-{layer:03}.safetensors"
+
+
+def _keep(directory: Path, layer: int, tensors: dict[str, Tensor]) -> None:
+    """Written aside and renamed: a file that is there is whole."""
+    path = _file(directory, layer)
+    aside = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+    aside.replace(path)

@@ -1,0 +1,74 @@
+"""GPTQ (arXiv:2210.17323): round one input channel after the other, each error passed on to those not yet rounded.
+
+With H = E[x x^T] of a layer's inputs, what is minimised is the error of its *outputs*, tr((W - Q) H (W - Q)^T),
+not of its weights. Scale and zero point of a block are searched when the block is reached, on the weights as the
+errors so far have changed them (the paper's "static groups" off).
+"""
+
+import torch
+from torch import Tensor
+
+from dsopt.compiler.quantizers import Blocks, quantize_blocks, quantize_minima
+from dsopt.compiler.recipe import Format
+
+_DAMPING = 0.01  # of the mean diagonal: directions that calibration saw little of are not free
+
+
+def inverse_factor(gram: Tensor, block: int) -> Tensor:
+    """Upper Cholesky factor U of the damped H^-1 = U^T U, float32 [K', K'] with K' = K in whole blocks.
+
+    Raises nothing: a Gram matrix is positive semidefinite, and the damping is raised until its factor exists.
+    """
+    padding = -gram.shape[0] % block
+    h = torch.nn.functional.pad(gram.double(), (0, padding, 0, padding))
+    mean = h.diagonal().mean().clamp_min(1e-30)
+    dead = h.diagonal() <= 0
+    h.diagonal()[dead] = mean
+    damping = _DAMPING
+    while True:
+        damped = h + damping * mean * torch.eye(len(h), dtype=h.dtype)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed:
+                return upper.float()
+        damping *= 10
+
+
+def round_weights(w: Tensor, factor: Tensor, form: Format) -> Blocks:
+    """Rows w float32 [N, K] rounded to `form`; `factor` from `inverse_factor` with the format's block."""
+    block, bits = form.block, form.bits
+    w = torch.nn.functional.pad(w, (0, len(factor) - w.shape[1])).clone()
+    importance = factor.diagonal().reciprocal().square()  # what an error in a channel costs after the feedback
+    parts = []
+    for first in range(0, w.shape[1], block):
+        last = first + block
+        grid = _grid(w[:, first:last], form, importance[first:last])
+        codes, errors = _round_block(w[:, first:last], factor[first:last, first:last], grid, bits)
+        w[:, last:] -= errors @ factor[first:last, last:]
+        parts.append((codes, grid))
+    codes = torch.stack([codes for codes, _ in parts], 1)
+    scales, zeros = (torch.cat([getattr(grid, name) for _, grid in parts], 1) for name in ("scales", "zero_points"))
+    rest = torch.cat([grid.rest for _, grid in parts if grid.rest is not None], 1) if form.minima else None
+    return Blocks(codes, scales, zeros, rest)
+
+
+def _grid(w: Tensor, form: Format, importance: Tensor) -> Blocks:
+    if form.minima:
+        return quantize_minima(w, form.bits, form.block, importance=importance)
+    return quantize_blocks(w, form.bits, form.block, zero_points=form.zero_points, importance=importance)
+
+
+def _round_block(w: Tensor, factor: Tensor, grid: Blocks, bits: int) -> tuple[Tensor, Tensor]:
+    """Codes uint8 [N, block], and the errors as the later blocks want them, float32 [N, block]."""
+    w = w.T.contiguous()  # a channel is a row: the loop runs along memory
+    scale, zero = grid.scales[:, 0], grid.zero_points[:, 0].float()
+    offset = -scale * zero if grid.rest is None else grid.rest[:, 0] - scale * zero
+    inverse = torch.where(scale.abs() < 1e-37, torch.zeros_like(scale), 1 / scale)
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
+    for i in range(len(w)):
+        codes[i] = ((w[i] - offset) * inverse).round_().clamp_(0, 2**bits - 1)
+        errors[i] = (w[i] - (codes[i] * scale + offset)) / factor[i, i]
+        if i + 1 < len(w):
+            w[i + 1 :] -= torch.outer(factor[i, i + 1 :], errors[i])
+    return codes.T.to(torch.uint8).contiguous(), errors.T

@@ -1,0 +1,172 @@
+"""A smaller vocabulary, chosen by a text: what text of its kind does not need leaves tables and tokenizer.
+
+What is kept: every token of the text's encoding, every part that a kept token is merged from, single bytes, added
+tokens, and, because no text shows everything, the likeliest of the others (see `token_rates`). Any text still encodes:
+what is gone comes in more pieces, down to bytes. Text of kept tokens encodes as before, since a merge that was taken
+is part of how its token is made.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.pruning.tensors import select
+from dsopt.compiler.pruning.token_rates import unseen_rates
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.tokenizer import Tokenizer
+
+DROPPED = 0.001  # share of a text's tokens that may be gone: each costs some nats, so about 1 % of perplexity in all
+MULTIPLE = 64  # rows of a table: what the kernels like
+_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+_IDS = frozenset(
+    f"{name}_token_id" for name in ("bos", "eos", "pad", "unk", "decoder_start", "forced_bos", "forced_eos")
+) | {"suppress_tokens", "begin_suppress_tokens"}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """`kept` old ids ascending, int64; a token's new id is its place there. `record` is for the manifest."""
+
+    kept: NDArray[np.int64]
+    record: Mapping[str, Any]
+
+    def new_id(self, old: int) -> int | None:
+        place = int(np.searchsorted(self.kept, old))
+        return place if place < len(self.kept) and self.kept[place] == old else None
+
+
+def choose_vocabulary(tokenizer_json: bytes, text: str, size: int | None = None) -> Vocabulary:
+    """The tokens to keep, about `size` or as many as leave out DROPPED of the tokens of text of this kind.
+
+    Raises DsoptError on a tokenizer that is no BPE or cannot fall back to bytes.
+    """
+    spec = json.loads(tokenizer_json)
+    _check(spec)
+    tokenizer = Tokenizer.from_bytes(tokenizer_json, Path("tokenizer.json"))
+    ids = tokenizer.encode(text, special=False)
+    vocabulary, merges = spec["model"]["vocab"], [_pair(merge) for merge in spec["model"]["merges"]]
+    seen, added = set(ids), {token["id"] for token in spec["added_tokens"]}
+    needed = [token for token, id in vocabulary.items() if id in seen or len(token) == 1 or _is_byte(token)]
+    needed += [unknown for unknown in (spec["model"].get("unk_token"),) if unknown in vocabulary]
+    parts = {a + b: (a, b) for a, b in reversed(merges)}  # of several merges that make a token, the first counts
+    kept = added | {vocabulary[token] for token in _closed(needed, parts)}
+    texts = {id: token for token, id in vocabulary.items()}
+    rates = unseen_rates(tokenizer, ids, texts)
+    left = math.fsum(rate for id, rate in rates.items() if id not in kept)
+    for token in _by_rate(rates, texts, parts):
+        enough = left <= DROPPED if size is None else len(kept) >= size
+        if enough and len(kept) % MULTIPLE == 0:
+            break
+        if vocabulary[token] not in kept:
+            kept.add(vocabulary[token])
+            left -= rates.get(vocabulary[token], 0)
+    record = {"tokens": len(kept), "of": len(added | set(texts)), "seen": len(seen), "dropped_share": max(left, 0.0)}
+    return Vocabulary(np.array(sorted(kept), np.int64), record)
+
+
+def _by_rate(
+    rates: Mapping[int, float], texts: Mapping[int, str], parts: Mapping[str, tuple[str, str]]
+) -> Iterator[str]:
+    """Tokens, the likeliest first, each behind what it is merged from; some come more than once."""
+    for id in sorted(rates, key=lambda id: (-rates[id], id)):
+        yield from sorted(_closed([texts[id]], parts), key=len)
+
+
+def _check(spec: Mapping[str, Any]) -> None:
+    model = spec["model"]
+    steps = json.dumps([spec.get("pre_tokenizer"), spec.get("decoder")])
+    if model.get("type") != "BPE" or not ("ByteLevel" in steps or model.get("byte_fallback")):
+        raise DsoptError(
+            f"--prune vocab= works with BPE tokenizers over bytes; this one is {model.get('type')} without them"
+        )
+
+
+def _pair(merge: str | list[str]) -> tuple[str, str]:
+    """Both forms of the file: "a b" and ["a", "b"]."""
+    first, second = merge.split(" ") if isinstance(merge, str) else merge
+    return first, second
+
+
+def _is_byte(token: str) -> bool:
+    return len(token) == 6 and token.startswith("<0x") and token.endswith(">")
+
+
+def _closed(tokens: Iterable[str], parts: Mapping[str, tuple[str, str]]) -> set[str]:
+    """With everything that they are merged from."""
+    closed, left = set(), list(tokens)
+    while left:
+        token = left.pop()
+        if token not in closed:
+            closed.add(token)
+            left += parts.get(token, ())
+    return closed
+
+
+def prune_vocabulary(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Checkpoint:
+    """The same model over the kept tokens: tables as views of their rows, ids changed wherever they are written.
+
+    Raises DsoptError where the tables have no row for a kept token.
+    """
+    size = int(checkpoint.config["vocab_size"])
+    if vocabulary.kept[-1] >= size:
+        raise DsoptError(
+            f"{checkpoint.source.path}: the tokenizer has id {vocabulary.kept[-1]}, the model {size} tokens"
+        )
+    tables = {name: select(checkpoint.tensors[name], rows=vocabulary.kept)
+              for name in _TABLES if name in checkpoint.tensors}  # fmt: skip
+    config = _renumber_ids({**checkpoint.config, "vocab_size": len(vocabulary.kept)}, vocabulary)
+    files = {**checkpoint.files, "tokenizer.json": _renumber_tokenizer(checkpoint.files["tokenizer.json"], vocabulary)}
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        if name in files:
+            files[name] = json.dumps(_renumber_ids(json.loads(files[name]), vocabulary), ensure_ascii=False).encode()
+    return dataclasses.replace(checkpoint, config=config, tensors={**checkpoint.tensors, **tables}, files=files)
+
+
+def _renumber_ids(fields: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:
+    """The ids in a config.json, generation_config.json or tokenizer_config.json; an id that is gone becomes null."""
+    found = dict(fields)
+    for name in _IDS & found.keys():
+        value = found[name]
+        if isinstance(value, list):
+            found[name] = [new for old in value if (new := vocabulary.new_id(old)) is not None]
+        elif type(value) is int:
+            found[name] = vocabulary.new_id(value)
+    if isinstance(added := found.get("added_tokens_decoder"), dict):
+        found["added_tokens_decoder"] = {str(vocabulary.new_id(int(id))): token for id, token in added.items()}
+    return found
+
+
+def _renumber_tokenizer(tokenizer_json: bytes, vocabulary: Vocabulary) -> bytes:
+    spec = json.loads(tokenizer_json)
+    model = spec["model"]
+    kept = {token: new for token, old in model["vocab"].items() if (new := vocabulary.new_id(old)) is not None}
+    model["vocab"] = dict(sorted(kept.items(), key=lambda item: item[1]))
+    model["merges"] = [merge for merge in model["merges"] if {*(pair := _pair(merge)), "".join(pair)} <= kept.keys()]
+    for token in spec["added_tokens"]:
+        token["id"] = vocabulary.new_id(token["id"])
+    _renumber_processor(spec.get("post_processor"), vocabulary)
+    if isinstance(padding := spec.get("padding"), dict):
+        padding["pad_id"] = vocabulary.new_id(padding["pad_id"]) or 0
+    return json.dumps(spec, ensure_ascii=False).encode()
+
+
+def _renumber_processor(processor: Any, vocabulary: Vocabulary) -> None:
+    """In place: what puts special tokens around a text names them by id."""
+    if not isinstance(processor, dict):
+        return
+    for step in processor.get("processors", []):
+        _renumber_processor(step, vocabulary)
+    special = processor.get("special_tokens")
+    for token in special.values() if isinstance(special, dict) else []:
+        token["ids"] = [vocabulary.new_id(id) for id in token["ids"]]
+    for name in ("sep", "cls"):  # of BertProcessing and RobertaProcessing: [token, id]
+        if isinstance(processor.get(name), list):
+            processor[name][1] = vocabulary.new_id(processor[name][1])

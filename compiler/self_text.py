@@ -1,0 +1,60 @@
+"""Text that a model writes itself: what to calibrate on when the user has none (LLM-QAT, arXiv:2305.17888).
+
+Each window starts with a token drawn at random and goes on by sampling, so that together they cover what the model
+knows in the proportions in which it says it.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.reference import Reference
+
+Calibrate = Callable[[Checkpoint], Sequence[NDArray[np.int64]]]
+"""A checkpoint -> windows of token ids, all of one length."""
+
+_WINDOWS, _SIZE = 32, 256
+_BATCH = 64  # sequences written at a time: the weights are read once for all of them
+
+
+def write_windows(
+    reference: Reference,
+    count: int,
+    size: int,
+    *,
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[NDArray[np.int64]]:
+    """`count` windows of `size` token ids; the same for the same model and seed. `progress` is told of tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    windows: list[NDArray[np.int64]] = []
+    while len(windows) < count:
+        batch = min(_BATCH, count - len(windows))
+        done = len(windows) * size
+        rows = _write(reference, batch, size, generator, lambda n: progress(done + n, count * size))  # noqa: B023
+        windows += list(rows)
+    return windows
+
+
+def _write(
+    reference: Reference, batch: int, size: int, generator: torch.Generator, tick: Callable[[int], None]
+) -> NDArray[np.int64]:
+    model = reference.model
+    ids = torch.randint(model.config.vocab_size, (batch, 1), generator=generator)
+    written, past = [ids], None
+    with torch.inference_mode():
+        for position in range(1, size):
+            logits, past = model(ids, past)
+            ids = torch.multinomial(logits[:, -1].softmax(-1), 1, generator=generator)
+            written.append(ids)
+            tick(batch * position)
+    return torch.cat(written, 1).numpy()
+
+
+def default_windows(checkpoint: Checkpoint) -> list[NDArray[np.int64]]:
+    """What a checkpoint writes itself; the whole model stands in memory, in float32."""
+    size = min(_SIZE, int(checkpoint.config["max_position_embeddings"]))
+    return write_windows(Reference(checkpoint), _WINDOWS, size)

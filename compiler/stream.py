@@ -1,0 +1,98 @@
+"""A checkpoint run block by block in float32: one block's weights in memory, however deep the model.
+
+The eager torch code of the family does the arithmetic, so whatever is learnt here (statistics of activations,
+gradients) is learnt about the very function that the graph computes.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.models import find_family
+from dsopt.runtime.errors import DsoptError
+
+Observe = Callable[[str, Tensor, Tensor], None]
+"""A linear layer's module name, its input [..., K] and its output [..., N], in the order of computation."""
+
+
+class BlockStream:
+    """The parts of one model. Hidden states are float32 [windows, tokens, width]."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Raises DsoptError on a model that is not supported."""
+        self.checkpoint = checkpoint
+        self.family = find_family(checkpoint.config.get("model_type"))
+        self.config = self.family.Config.from_dict(checkpoint.config)
+        self.depth: int = self.config.num_hidden_layers
+
+    def embed(self, ids: np.ndarray) -> Tensor:
+        """ids int64 [windows, tokens] -> hidden states. Only the rows in use are read."""
+        used, inverse = np.unique(ids, return_inverse=True)
+        tensor = self._tensor("model.embed_tokens.weight")
+        rows = np.concatenate([tensor.read(int(i), int(i) + 1) for i in used])
+        return torch.from_numpy(rows[inverse.reshape(ids.shape)])
+
+    def block(self, layer: int) -> nn.Module:
+        """The block of one layer, `forward(x, *state(...))`; its parameters take no gradient."""
+        prefix = f"model.layers.{layer}."
+        return self._filled(lambda model: model.model.layers[0], prefix)
+
+    def state(self, windows: int, tokens: int) -> list[Tensor]:
+        """What a block wants beside its input, for sequences that start at position 0."""
+        config = self.config
+        empty = torch.empty(windows, config.num_key_value_heads, 0, config.head_dim)
+        lengths, total = torch.full((windows,), tokens - 1, dtype=torch.int32), torch.tensor(tokens, dtype=torch.int32)
+        return [empty, empty, lengths, total, *config.rotary(tokens)]
+
+    def norm(self) -> nn.Module:
+        """The norm before the head."""
+        return self._filled(lambda model: model.model.norm, "model.norm.")
+
+    def head(self) -> nn.Module:
+        """Final norm and head: hidden states [..., width] -> logits [..., vocab]."""
+        name = "lm_head.weight" if "lm_head.weight" in self.checkpoint.tensors else "model.embed_tokens.weight"
+        linear = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, device="meta")
+        linear.load_state_dict({"weight": torch.from_numpy(self._tensor(name).read())}, assign=True)
+        return nn.Sequential(self.norm(), linear).requires_grad_(False)
+
+    def _filled(self, part: Callable[[Any], nn.Module], prefix: str) -> nn.Module:
+        import dataclasses
+
+        with torch.device("meta"):
+            module = part(self.family.Model(dataclasses.replace(self.config, num_hidden_layers=1)))
+        state = {name: torch.from_numpy(self._tensor(prefix + name).read()) for name in module.state_dict()}
+        module.load_state_dict(state, assign=True)
+        return module.eval().requires_grad_(False)
+
+    def _tensor(self, name: str) -> Any:
+        tensor = self.checkpoint.tensors.get(name)
+        if tensor is None:
+            raise DsoptError(f"{self.checkpoint.source.path}: tensor {name} is missing")
+        return tensor
+
+
+@contextmanager
+def observed(block: nn.Module, prefix: str, observe: Observe) -> Iterator[None]:
+    """While inside, `observe` sees every linear layer of `block` that runs."""
+
+    def hook(name: str) -> Callable[..., None]:
+        def seen(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            observe(name, inputs[0], output)
+
+        return seen
+
+    handles = [
+        module.register_forward_hook(hook(f"{prefix}{name}"))
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

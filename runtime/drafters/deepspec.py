@@ -1,0 +1,136 @@
+"""DeepSpec's drafters, which read hidden states of the model: DSpark and DFlash (arXiv:2607.05147) and Eagle3.
+
+What was processed is read lazily, when there is something to draft or much has gathered, so that a pause costs nothing.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsopt.runtime.artifact import WEIGHTS
+from dsopt.runtime.drafters import Draft, Drafter
+from dsopt.runtime.drafters.graph import CachedGraph, Graph
+from dsopt.runtime.drafters.manifest import DraftManifest, open_draft
+from dsopt.runtime.sampling import Sampling
+from dsopt.runtime.session import Session
+
+Floats = NDArray[np.float32]
+_GATHER = 256  # rows that may wait to be read: 13 MB at a width of 2560 and five taps
+
+
+def open_deepspec(directory: Path, session: Session, sampling: Sampling) -> Drafter:
+    """The drafter in `directory` of the artifact that `session` runs; `sampling` is the model's own.
+
+    Raises DsoptError when it is damaged or was compiled with another model.
+    """
+    from dsopt.runtime.drafters.eagle3 import Eagle3Drafter
+
+    weights = str(session.artifact.manifest.files[WEIGHTS]["sha256"])
+    manifest = open_draft(directory, weights)
+    make = Eagle3Drafter if manifest.kind == "eagle3" else BlockDrafter
+    return make(directory, manifest, sampling)
+
+
+class Chance:
+    """How drafted tokens are chosen: the likeliest, or drawn at the model's temperature from the candidates."""
+
+    def __init__(self, sampling: Sampling, vocab_size: int) -> None:
+        self.temperature, self._vocab = sampling.temperature, vocab_size
+        # A stream of its own: the model's random numbers must not depend on the drafter.
+        self._random = np.random.default_rng(None if sampling.seed is None else (sampling.seed, 1))
+
+    @property
+    def mode(self) -> str:
+        return "sampled" if self.temperature else "greedy"
+
+    def noise(self, shape: tuple[int, ...]) -> NDArray[np.float64]:
+        """To be added to logits before the largest is taken (the Gumbel trick): T * Gumbel draws at temperature T."""
+        return self.temperature * self._random.gumbel(size=shape)
+
+    def distributions(self, candidates: NDArray[np.int64], logits: Floats) -> NDArray[np.float64] | None:
+        """Of rows [n, k] of logits, what their tokens were drawn from, [n, vocab]; None where nothing is drawn."""
+        if not self.temperature:
+            return None
+        scaled = logits.astype(np.float64) / self.temperature
+        weights = np.exp(scaled - scaled.max(-1, keepdims=True))
+        dense = np.zeros((len(logits), self._vocab))
+        np.put_along_axis(dense, candidates, weights / weights.sum(-1, keepdims=True), -1)
+        return dense
+
+
+class BlockDrafter:
+    """DSpark and DFlash: a draft is one run over the anchor and masks, each row of which gives a token."""
+
+    def __init__(self, directory: Path, manifest: DraftManifest, sampling: Sampling) -> None:
+        self.taps = manifest.taps
+        self.confidence: Floats | None = None
+        """Of the last draft, the logit of each token's acceptance as the head gave it [n]; None without a head."""
+        steps, candidates = manifest.steps, manifest.candidates
+        outputs: dict[str, NDArray[Any]] = {
+            "tokens": np.empty(steps, np.int64),
+            "candidates": np.empty((steps, candidates), np.int64),
+            "logits": np.empty((steps, candidates), np.float32),
+            **({"confidence": np.empty(steps, np.float32)} if manifest.confidence else {}),
+        }
+        self._context = Graph(directory, "context.onnx", manifest)
+        self._block = CachedGraph(Graph(directory, "block.onnx", manifest), manifest, outputs)
+        self._cache = self._block.cache
+        self._ids = np.full((1, steps), manifest.mask_token, np.int64)
+        self._noise = np.zeros((steps, candidates))
+        self._chance = Chance(sampling, manifest.model["vocab_size"])
+        self._temperatures = np.array(manifest.temperatures.get(self._chance.mode, [1.0] * steps))
+        self._waiting: list[Floats] = []
+        self.begin()
+
+    def begin(self) -> None:
+        self._cache.trim(0)
+        self._waiting.clear()
+        self._full = False
+
+    def accept(self, tokens: Sequence[int], hidden: Floats | None) -> None:
+        assert hidden is not None
+        assert len(hidden) == len(tokens)
+        self._waiting.append(np.array(hidden).reshape(len(hidden), -1))
+        if sum(map(len, self._waiting)) >= _GATHER:
+            self.ingest()
+
+    def draft(self, anchor: int, limit: int) -> Draft:
+        self.ingest()
+        steps = self._ids.shape[1]
+        if limit < 1 or self._full or self._cache.length + steps > self._cache.limit:
+            return Draft()
+        self._ids[0, 0] = anchor
+        if self._chance.temperature:
+            self._noise[:] = self._chance.noise(self._noise.shape)
+        self._block.run({"input_ids": self._ids, "noise": self._noise}, steps)
+        return self._made(min(limit, steps))
+
+    def ingest(self) -> None:
+        """Keys and values of what waits. Once the drafter's context is full, nothing is read or drafted any more."""
+        count, start = sum(map(len, self._waiting)), self._cache.length
+        self._full = self._full or start + count > self._cache.limit
+        if count and not self._full:
+            rows = np.concatenate(self._waiting)
+            self._cache.reserve(start + count)
+            for first in range(0, count, _GATHER):
+                self._append(rows[first : first + _GATHER])
+        self._waiting.clear()
+
+    def _append(self, rows: Floats) -> None:
+        start, stop = self._cache.length, self._cache.length + len(rows)
+        made = self._context.run({"hidden": rows[None], "start": np.array([start], np.int64)})
+        for name, part in zip(self._cache.buffers, made, strict=True):
+            self._cache.buffers[name][:, :, start:stop] = part
+        self._cache.length = stop
+
+    def _made(self, count: int) -> Draft:
+        made = {name: array[:count] for name, array in self._block.outputs.items()}
+        self.confidence = made["confidence"].copy() if "confidence" in made else None
+        survival: tuple[float, ...] = ()
+        if self.confidence is not None:
+            survival = tuple(map(float, 1 / (1 + np.exp(-self.confidence / self._temperatures[:count]))))
+        distributions = self._chance.distributions(made["candidates"], made["logits"])
+        return Draft(tuple(map(int, made["tokens"])), survival, distributions)

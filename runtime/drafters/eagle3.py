@@ -1,0 +1,91 @@
+"""Eagle3 (arXiv:2503.01840): one layer that drafts token by token, from hidden states of the model and then its own."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsopt.runtime.drafters import Draft
+from dsopt.runtime.drafters.deepspec import Chance
+from dsopt.runtime.drafters.graph import CachedGraph, Graph
+from dsopt.runtime.drafters.manifest import DraftManifest
+from dsopt.runtime.sampling import Sampling
+
+Floats = NDArray[np.float32]
+_GATHER = 256  # rows that may wait to be read
+
+
+class Eagle3Drafter:
+    """Row i of its cache joins the model's hidden state at i with token i + 1.
+
+    The last processed row is read anew with each draft: the token behind it, the anchor, is not processed yet.
+    """
+
+    def __init__(self, directory: Path, manifest: DraftManifest, sampling: Sampling) -> None:
+        self.taps, self._steps = manifest.taps, manifest.steps
+        self._candidates, self._logits = (np.empty((1, manifest.candidates), kind) for kind in (np.int64, np.float32))
+        self._last = np.empty((1, 1, manifest.model["hidden_size"]), np.float32)
+        outputs = {"last": self._last, "candidates": self._candidates, "logits": self._logits}
+        self._context = Graph(directory, "context.onnx", manifest)
+        self._step = CachedGraph(Graph(directory, "step.onnx", manifest), manifest, outputs)
+        self._cache = self._step.cache
+        self._chance = Chance(sampling, manifest.model["vocab_size"])
+        self.begin()
+
+    def begin(self) -> None:
+        self._cache.trim(0)
+        self._tokens: list[int] = []  # of the rows that wait
+        self._unread: list[Floats] = []  # hidden states, of the later ones of them
+        self._waiting = np.empty((0, self._last.shape[-1]), np.float32)  # what the layer reads, of the others
+
+    def accept(self, tokens: Sequence[int], hidden: Floats | None) -> None:
+        assert hidden is not None
+        assert len(hidden) == len(tokens)
+        self._tokens += tokens
+        self._unread.append(np.array(hidden).reshape(len(hidden), -1))
+        if len(self._tokens) > _GATHER and self._fits(0):
+            self._read(self._tokens[1:])
+
+    def draft(self, anchor: int, limit: int) -> Draft:
+        steps = min(limit, self._steps)
+        if steps < 1 or not self._tokens or not self._fits(steps):
+            return Draft()
+        self._read([*self._tokens[1:], anchor])
+        processed = self._cache.length - 1
+        tokens, candidates, logits = [], [], []
+        for step in range(steps):
+            token = self._choose()
+            tokens.append(token)
+            candidates.append(self._candidates.copy())
+            logits.append(self._logits.copy())
+            if step < steps - 1:
+                self._run(self._last[0].copy(), [token])
+        self._cache.trim(processed)
+        drawn_from = self._chance.distributions(np.concatenate(candidates), np.concatenate(logits))
+        return Draft(tuple(tokens), (), drawn_from)
+
+    def _fits(self, more: int) -> bool:
+        return self._cache.length + len(self._tokens) + more <= self._cache.limit
+
+    def _read(self, following: Sequence[int]) -> None:
+        """Take as many of the waiting rows into the cache as tokens behind them are known. The last one goes on
+        waiting."""
+        if self._unread:
+            fused = self._context.run({"hidden": np.concatenate(self._unread)[None]})[0][0]
+            self._waiting = np.concatenate([self._waiting, fused])
+            self._unread.clear()
+        for first in range(0, len(following), _GATHER):
+            ids = following[first : first + _GATHER]
+            self._run(self._waiting[first : first + len(ids)], ids)
+        self._waiting, self._tokens = self._waiting[-1:], self._tokens[-1:]
+
+    def _run(self, context: Floats, following: Sequence[int]) -> None:
+        self._step.run({"context": context[None], "input_ids": np.array([following], np.int64)}, len(following))
+        self._cache.length += len(following)
+
+    def _choose(self) -> int:
+        logits = self._logits[0].astype(np.float64)
+        if self._chance.temperature:
+            logits += self._chance.noise(logits.shape)
+        return int(self._candidates[0, logits.argmax()])

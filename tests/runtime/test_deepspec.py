@@ -1,0 +1,247 @@
+"""DeepSpec's drafters on ONNX Runtime against the forward pass of their training, in rounds as they are used."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from deepspec_tiny import Reference
+
+from dsopt.runtime.artifact import open_artifact
+from dsopt.runtime.drafters import Draft
+from dsopt.runtime.drafters.deepspec import open_deepspec
+from dsopt.runtime.drafters.manifest import save_temperatures
+from dsopt.runtime.sampling import Sampling
+from dsopt.runtime.session import Session
+
+BLOCKS = ["vanilla", "gated", "rnn", "dflash"]
+RNG = np.random.default_rng(3)
+TOKENS = RNG.integers(0, 320, 60).tolist()
+
+
+def session_of(artifact: Path) -> Session:
+    return Session(open_artifact(artifact), threads=1)
+
+
+def drafter_of(pair: Any, session: Session | None = None, **sampling: Any) -> Any:
+    session = session or session_of(pair.artifact)
+    (name,) = session.artifact.manifest.drafters
+    return open_deepspec(pair.artifact / name, session, Sampling(**sampling))
+
+
+def random_taps(drafter: Any, count: int = 60) -> np.ndarray:
+    return np.random.default_rng(5).normal(size=(count, len(drafter.taps), 32)).astype(np.float32)
+
+
+def flat(taps: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(taps).flatten(1)
+
+
+def close(actual: Any, expected: Any) -> None:
+    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@torch.no_grad()
+def test_rounds_are_the_masked_pass_of_training(name: str, compile_pair: Callable[..., Any]) -> None:
+    """Rounds of all lengths, each after what the one before accepted."""
+    pair = compile_pair(name)
+    drafter, reference = drafter_of(pair), Reference(pair.drafter)
+    taps, anchors = random_taps(drafter), [5, 6, 8, 11, 15, 20, 21, 50]
+    blocks = reference.blocks(flat(taps), TOKENS, anchors)
+    done = 0
+    for anchor, rows in zip(anchors, blocks, strict=True):
+        drafter.accept(TOKENS[done:anchor], taps[done:anchor])
+        done = anchor
+        draft = drafter.draft(TOKENS[anchor], 4)
+        outputs = drafter._block.outputs
+        logits, confidence = reference.logits(rows, [TOKENS[anchor], *draft.tokens[:-1]])
+        chosen = np.sort(outputs["candidates"], -1)
+        best = reference._linear("lm_head", rows).topk(64).indices.sort(-1).values
+        assert (chosen == best.numpy()).all()
+        close(outputs["logits"], logits.numpy()[np.arange(4)[:, None], outputs["candidates"]])
+        allowed = torch.full_like(logits, -torch.inf).scatter(-1, best, logits.gather(-1, best))
+        assert list(draft.tokens) == allowed.argmax(-1).tolist()
+        if confidence is None:
+            assert draft.survival == ()
+        else:
+            close(draft.survival, torch.sigmoid(confidence))
+
+
+@torch.no_grad()
+def test_eagle3_rounds_are_the_unrolled_pass_of_training(compile_pair: Callable[..., Any]) -> None:
+    pair = compile_pair("eagle3")
+    drafter, reference = drafter_of(pair, temperature=1.0, seed=1), Reference(pair.drafter)
+    taps, done = random_taps(drafter), 0
+    for anchor in [1, 4, 5, 10, 30]:
+        drafter.accept(TOKENS[done:anchor], taps[done:anchor])
+        done = anchor
+        for _ in range(2):  # a draft leaves nothing behind
+            draft = drafter.draft(TOKENS[anchor], 4)
+        assert len(draft.tokens) == 4
+        steps = reference.unrolled(flat(taps[:anchor]), [*TOKENS[: anchor + 1], *draft.tokens], 4)
+        for drawn_from, logits in zip(draft.distributions, steps, strict=True):
+            last = logits[anchor - 1].double()
+            best = last.topk(64).indices
+            close(drawn_from[best], last[best].softmax(0))
+            assert drawn_from.sum() == pytest.approx(1)
+
+
+def drafts(drafter: Any, taps: np.ndarray, pieces: list[int], *, between: bool = False) -> Draft:
+    """The draft after all pieces were accepted; with `between` one is made and forgotten after each piece."""
+    drafter.begin()
+    done = 0
+    for piece in pieces:
+        drafter.accept(TOKENS[done : done + piece], taps[done : done + piece])
+        done += piece
+        if between:
+            drafter.draft(7, 3)
+    return drafter.draft(TOKENS[done], 4)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_pieces_and_drafts_between_change_nothing(name: str, compile_pair: Callable[..., Any]) -> None:
+    """A draft sees every row that was accepted, and none that was drafted and rejected, whatever the order."""
+    drafter = drafter_of(compile_pair(name), temperature=1.0, seed=1)
+    taps = random_taps(drafter)
+    whole = drafts(drafter, taps, [40])
+    for pieces in ([1] * 40, [1, 2, 3, 4, 5, 6, 7, 8, 4], [39, 1]):
+        for between in (False, True):
+            fresh = drafter_of(compile_pair(name), temperature=1.0, seed=1)
+            if between:  # so many draws are taken in between: compare what does not depend on them
+                made = drafts(fresh, taps, pieces, between=True)
+                close(made.distributions[0], whole.distributions[0])
+            else:
+                made = drafts(fresh, taps, pieces)
+                assert made.tokens == whole.tokens
+                close(made.distributions, whole.distributions)
+                close(made.survival, whole.survival)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_a_cache_that_grows_keeps_its_rows(name: str, compile_pair: Callable[..., Any], monkeypatch: Any) -> None:
+    expected = drafts(drafter_of(compile_pair(name)), random_taps(drafter_of(compile_pair(name))), [50])
+    monkeypatch.setattr("dsopt.runtime.kv._FIRST", 8)
+    drafter = drafter_of(compile_pair(name))
+    made = drafts(drafter, random_taps(drafter), [5, 3, 10, 32], between=True)
+    assert made.tokens == expected.tokens
+    assert drafter._cache.capacity == 64
+
+
+@pytest.mark.parametrize("name", ["vanilla", "dflash", "eagle3"])
+def test_at_temperature_0_nothing_is_random_and_limits_are_kept(name: str, compile_pair: Callable[..., Any]) -> None:
+    drafter = drafter_of(compile_pair(name))
+    taps = random_taps(drafter)
+    whole = drafts(drafter, taps, [20])
+    assert whole.distributions is None
+    assert len(whole.tokens) == 4
+    for limit in range(6):
+        draft = drafter.draft(TOKENS[20], limit)
+        assert draft.tokens == whole.tokens[:limit]
+        assert draft.survival == whole.survival[:limit]
+
+
+@pytest.mark.parametrize("name", ["vanilla", "dflash", "eagle3"])
+def test_drawn_tokens_follow_their_distributions(name: str, compile_pair: Callable[..., Any]) -> None:
+    """Chi-square of the first two tokens of many drafts; the second one given the first."""
+    drafter = drafter_of(compile_pair(name), temperature=1.0, seed=4)
+    drafts(drafter, random_taps(drafter), [20])
+    made = [drafter.draft(9, 2) for _ in range(3000)]
+    first = np.array([draft.tokens[0] for draft in made])
+    common = np.bincount(first).argmax()
+    second = np.array([draft.tokens[1] for draft in made if draft.tokens[0] == common])
+    after = next(draft.distributions[1] for draft in made if draft.tokens[0] == common)
+    for drawn, law in ((first, made[0].distributions[0]), (second, after)):
+        expected = law * len(drawn)
+        observed = np.bincount(drawn, minlength=320)
+        assert not observed[law == 0].any()
+        often = expected >= 5
+        cells = np.append(expected[often], expected[~often].sum()), np.append(observed[often], observed[~often].sum())
+        statistic = ((cells[0] - cells[1]) ** 2 / np.maximum(cells[0], 1e-9)).sum()
+        freedom = often.sum()
+        assert often.sum() > 3
+        assert statistic < freedom + 4 * np.sqrt(2 * freedom) + 4
+
+
+def test_temperatures_of_the_manifest_divide_the_confidence(compile_pair: Callable[..., Any], tmp_path: Path) -> None:
+    artifact = shutil.copytree(compile_pair("vanilla").artifact, tmp_path / "copy")
+    plain = drafter_of(SimpleNamespace(artifact=artifact))
+    before = drafts(plain, random_taps(plain), [20])
+    save_temperatures(artifact / "draft-dspark", "greedy", [2.0, 1.0, 0.5, 4.0])
+    fitted = drafter_of(SimpleNamespace(artifact=artifact))
+    after = drafts(fitted, random_taps(fitted), [20])
+    close(fitted.confidence, plain.confidence)
+    close(after.survival, 1 / (1 + np.exp(-plain.confidence / [2.0, 1.0, 0.5, 4.0])))
+    assert before.survival != after.survival
+    drawn = drafter_of(SimpleNamespace(artifact=artifact), temperature=1.0)  # another mode, not fitted
+    assert drawn._temperatures.tolist() == [1.0] * 4
+
+
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_past_its_context_a_drafter_is_silent(name: str, compile_pair: Callable[..., Any]) -> None:
+    drafter = drafter_of(compile_pair(name))
+    taps = np.random.default_rng(0).normal(size=(300, 2, 32)).astype(np.float32)
+    tokens = np.random.default_rng(0).integers(0, 320, 300).tolist()
+    drafter.accept(tokens[:251], taps[:251])
+    assert len(drafter.draft(1, 4).tokens) == 4
+    drafter.accept(tokens[251:254], taps[251:254])
+    assert drafter.draft(1, 4).tokens == ()
+    drafter.accept(tokens[254:], taps[254:])
+    assert drafter.draft(1, 4).tokens == ()
+    drafter.begin()
+    drafter.accept(tokens[:3], taps[:3])
+    assert len(drafter.draft(1, 4).tokens) == 4
+
+
+class Target:
+    """The model with its taps, in the smallest loop that verifies: a run of all rows, greedily."""
+
+    def __init__(self, artifact: Path, layers: tuple[int, ...]) -> None:
+        self.session = session_of(artifact)
+        self._run = self.session._session.run
+        self._names = ["logits", *(f"tap.{layer}" for layer in layers)]
+        self._layers = self.session.layers
+
+    def __call__(self, tokens: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Logits [n, vocab] and taps [n, taps, width] of a whole text."""
+        shape = (1, self._layers[0].heads, 0, self._layers[0].head_dim)
+        past = {f"past_key_values.{layer.index}.{part}": np.zeros(shape, np.float32)
+                for layer in self._layers for part in ("key", "value")}  # fmt: skip
+        feeds = {"input_ids": np.array([tokens]), "attention_mask": np.ones((1, len(tokens)), np.int64)}
+        logits, *taps = self._run(self._names, {**feeds, **past})
+        return logits[0], np.stack([tap[0] for tap in taps], 1)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "gated", "eagle3"])
+def test_text_with_a_drafter_is_the_text_without(name: str, compile_pair: Callable[..., Any]) -> None:
+    pair = compile_pair(name)
+    drafter = drafter_of(pair)
+    target = Target(pair.artifact, drafter.taps)
+    prompt = TOKENS[:9]
+    plain = list(prompt)
+    for _ in range(30):
+        plain.append(int(target(plain)[0][-1].argmax()))
+    text, known, accepted = [*prompt, plain[len(prompt)]], 0, []
+    while len(text) < len(plain):
+        rows, taps = target(text[:-1])
+        drafter.accept(text[known:-1], taps[known:])
+        known = len(text) - 1
+        draft = drafter.draft(text[-1], len(plain) - len(text))
+        if len(accepted) % 3 == 1:  # an untrained drafter is never right: put in some of the answer
+            draft = Draft(tuple(plain[len(text) :][:2] + list(draft.tokens[2:])))
+        rows, _ = target([*text, *draft.tokens])
+        best = rows[len(text) - 1 :].argmax(-1).tolist()
+        right = next((i for i, token in enumerate(draft.tokens) if token != best[i]), len(draft.tokens))
+        text += best[: right + 1]
+        accepted.append(right)
+    assert text[: len(plain)] == plain
+    assert max(accepted) >= 2
+    # Round by round the drafter was where a fresh one is that reads the text at once.
+    fresh = drafter_of(pair)
+    _, taps = target(text[:known])
+    fresh.accept(text[:known], taps)
+    assert fresh.draft(text[known], 4).tokens == drafter.draft(text[known], 4).tokens
