@@ -12,6 +12,7 @@ import typer
 from dsopt.cli import report
 from dsopt.cli.models import find_artifact
 from dsopt.cli.progress import progress_bar
+from dsopt.cli.spec_bench import SpecOptions, run_spec
 from dsopt.runtime.devices import check_device
 from dsopt.runtime.errors import UsageError
 
@@ -43,6 +44,23 @@ def bench_command(
         list[str], typer.Option("-d", "--n-depth", help="Tokens in the cache before each test, likewise.")
     ] = ["0"],  # noqa: B006
     repetitions: Annotated[int, typer.Option("-r", "--repetitions", help="Runs of each test.")] = 5,
+    spec: Annotated[
+        str | None,
+        typer.Option(metavar="ngram|auto|DIR", help="Instead: answer prompts with and without this drafter, in turn."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl", help='With --spec: {"category": ..., "prompt": ...} a line; -n tokens each.'
+        ),
+    ] = None,
+    synthetic_accept: Annotated[
+        float | None,
+        typer.Option(metavar="R", help="With --spec: what it would gain, were each drafted token right so often."),
+    ] = None,
+    exact: Annotated[
+        bool | None, typer.Option("--exact/--no-exact", help="With --spec: as in generate.", show_default=False)
+    ] = None,
     threads: Annotated[
         int | None,
         typer.Option("-t", "--threads", help="Threads. [default: physical cores]", show_default=False),
@@ -64,6 +82,15 @@ def bench_command(
     if repetitions < 1:
         raise UsageError(f"-r is {repetitions}; 1 or more repetitions")
     check_device(device)
+    if spec is not None:
+        if (n_prompt, pairs, n_depth, repetitions) != (["512"], [], ["0"], 5):
+            raise UsageError("-p, -pg, -d and -r are of llama-bench's tests; --spec has --prompts and -n")
+        options = SpecOptions(spec, prompts, synthetic_accept, _one_number("-n", n_gen), exact, threads, output)
+        for line in run_spec(find_artifact(directory or model), options):
+            print(line, flush=True)
+        return
+    if prompts is not None or synthetic_accept is not None or exact is not None:
+        raise UsageError("--prompts, --synthetic-accept and --exact need --spec KIND")
     workloads = _workloads(n_prompt, n_gen, pairs, n_depth)
     artifact = find_artifact(directory or model)
     from dsopt.runtime.devices import choose_device
@@ -109,6 +136,13 @@ def _numbers(option: str, texts: Sequence[str]) -> list[int]:
     if len(numbers) > _MOST:
         raise UsageError(f"{option} is {','.join(texts)!r}: more than {_MOST} values; give a larger step")
     return numbers
+
+
+def _one_number(option: str, texts: Sequence[str]) -> int:
+    numbers = _numbers(option, texts)
+    if len(numbers) != 1:
+        raise UsageError(f"{option} is {','.join(texts)!r}; one number with --spec")
+    return numbers[0]
 
 
 def _range(option: str, text: str) -> Iterable[int]:

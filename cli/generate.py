@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dsopt.cli.models import find_artifact
+from dsopt.cli.progress import note
 from dsopt.cli.prompts import PromptOptions, add_text, read_prompt
 from dsopt.cli.writers import JsonlWriter, JsonWriter, Stdout, TextWriter, Writer, record_of, stats_line
 from dsopt.runtime.errors import UsageError
@@ -94,6 +95,21 @@ def generate_command(
     load_state: Annotated[
         Path | None, typer.Option(help="Go on from a saved state, PROMPT being the next turn.")
     ] = None,
+    draft: Annotated[
+        str,
+        typer.Option(
+            metavar="none|ngram|auto|DIR",
+            help="Guess tokens ahead and verify several at once: from the text (ngram), by a compiled model (DIR).",
+        ),
+    ] = "none",
+    exact: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact/--no-exact",
+            help="The same text with any --draft, bit for bit. [default: with a drafter, where it costs under 5 %]",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Threads. [default: all physical cores]")
     ] = None,
@@ -120,6 +136,9 @@ def generate_command(
     out = Stdout()
     opened = _open_model(model, threads, ctx, device)
     state, sampler = _begin(opened, load_state, sampling)
+    from dsopt.runtime.drafters.choice import open_speculation
+
+    speculation = open_speculation(opened, draft, exact=exact, sampling=sampling, measuring=note_measuring)
     stream = opened.stream(
         said.tokens(opened, state),
         sampler=sampler,
@@ -127,8 +146,14 @@ def generate_command(
         stop=output.stop,
         top=logprobs,
         state=state,
+        speculation=speculation,
     )
     _answer(opened, stream, output, out)
+
+
+def note_measuring() -> None:
+    """Tell a person at a terminal why nothing happens for two seconds."""
+    note("measuring what verification costs on this machine, once")
 
 
 def _open_model(directory: Path | None, threads: int | None, context: int | None, device: str) -> "Model":

@@ -10,6 +10,7 @@ from dsopt.runtime.errors import DsoptError
 
 if TYPE_CHECKING:
     from dsopt.runtime.model import Piece, Result
+    from dsopt.runtime.speculate import Speculation
     from dsopt.runtime.tokenizer import Tokenizer
 
 
@@ -99,6 +100,7 @@ def describe(piece: "Piece", tokenizer: "Tokenizer") -> dict[str, Any]:
         "id": step.token,
         "text": piece.text,
         "bytes": list(tokenizer.token_bytes(step.token)),
+        "from_draft": step.from_draft,
     }
     if step.logprob is not None:
         described["logprob"] = step.logprob
@@ -114,7 +116,7 @@ def _dump(value: Mapping[str, Any]) -> str:
 
 def record_of(result: "Result", *, first_token: float | None, threads: int) -> dict[str, Any]:
     """The record of an answer. `first_token`: seconds from the start of the process, None without a token."""
-    stats = {
+    stats: dict[str, Any] = {
         "prompt_tokens": result.prompt_tokens,
         "cached_tokens": result.cached_tokens,
         "prompt_seconds": round(result.prompt_seconds, 6),
@@ -125,7 +127,34 @@ def record_of(result: "Result", *, first_token: float | None, threads: int) -> d
         "answer_tokens_per_second": round(result.answer_rate, 3),
         "threads": threads,
     }
+    if result.speculation is not None:
+        stats["speculation"] = speculation_record(result.speculation)
     return {"finish_reason": result.finish_reason, "stop": result.stop, "stats": stats, "seed": result.seed}
+
+
+def speculation_record(speculation: "Speculation") -> dict[str, Any]:
+    """What `--json` and `bench --spec` tell of speculation; seconds of wall time, shares of one."""
+    tally = speculation.tally
+    return {
+        "draft": speculation.kind,
+        "exact": bool(speculation.widths),
+        "exact_cost": round(speculation.exact_cost, 4) if speculation.widths else None,
+        "rounds": tally.rounds,
+        "proposed_tokens": tally.proposed,
+        "accepted_tokens": tally.accepted,
+        "accept_rate": _rounded(tally.accept_rate),
+        "mean_accepted_length": _rounded(tally.mean_accepted_length),
+        "accept_per_position": [round(share, 4) for share in tally.accept_per_position],
+        "near_ties": tally.near_ties,
+        "draft_seconds": round(tally.draft_seconds, 6),
+        "verify_seconds": round(tally.verify_seconds, 6),
+        "overhead_seconds": round(tally.overhead_seconds, 6),
+        "gain": _rounded(tally.gain),
+    }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)
 
 
 def stats_line(record: Mapping[str, Any]) -> str:
@@ -137,10 +166,35 @@ def stats_line(record: Mapping[str, Any]) -> str:
             f"prompt {_measured('prompt', stats)}" + (f" after {cached} cached" if cached else ""),
             *([] if first is None else [f"first token {first:.2f} s"]),
             f"answer {_measured('answer', stats)}",
+            *_speculated(stats.get("speculation")),
             f"seed {record['seed']}",
             f"threads {stats['threads']}",
         ]
     )
+
+
+def _speculated(spec: Mapping[str, Any] | None) -> list[str]:
+    """Such as: draft 824/1392 accepted (59 %), 5.1 tokens a round, at position .91 .78, ..., gain 1.63x"""
+    if spec is None:
+        return []
+    parts = []
+    if spec["proposed_tokens"]:
+        positions = " ".join(f"{share:.2f}" for share in spec["accept_per_position"][:8])
+        parts.append(
+            f"draft {spec['accepted_tokens']}/{spec['proposed_tokens']} accepted ({100 * spec['accept_rate']:.0f} %), "
+            f"{spec['mean_accepted_length']:.2f} tokens a round, at position {positions}"
+        )
+    elif spec["draft"] != "none":
+        parts.append("draft 0/0 accepted")
+    if seconds := spec["draft_seconds"] + spec["verify_seconds"] + spec["overhead_seconds"]:
+        shares = [f"{name} {100 * spec[f'{name}_seconds'] / seconds:.0f} %" for name in ("draft", "verify", "overhead")]
+        parts.append(" ".join(shares))
+        parts.append(f"gain {spec['gain']:.2f}x")
+    if spec["exact"]:
+        parts.append(f"exact, which makes a step {100 * spec['exact_cost']:.0f} % slower")
+    else:
+        parts.append(f"near ties {spec['near_ties']}")
+    return parts
 
 
 def _measured(what: str, stats: Mapping[str, Any]) -> str:

@@ -54,6 +54,8 @@ _FLOAT_OPERATORS = (
     "Gather",
     "Slice",
     "Split",
+    "Concat",
+    "AveragePool",
     "Sigmoid",
     "Mul",
     "Add",

@@ -112,29 +112,35 @@ class DeviceBinding(Binding):
     ) -> None:
         self.cache: DeviceCache = cache
         self._session, self._vocab, self._device, self._captured = session, vocab_size, device, captured
-        self._steps: dict[tuple[int, int], _Step] = {}
+        self._captures: dict[tuple[int, int], _Step] = {}
         self._last: _Step | None = None
         self._generation = -1
         self.picks = any(output.name == "greedy" for output in session.get_outputs())
 
-    def run(self, ids: NDArray[np.int64], rows: int = 1) -> Logits:
+    @property
+    def hidden(self) -> None:
+        """No layer is tapped on the device."""
+        return None
+
+    def run(self, ids: NDArray[np.int64], rows: int = 1, keep: int | None = None) -> Logits:
         """Append ids int64 [n]; returns logits float32 [rows, vocab] of the last `rows` of them.
 
         With a cache of several sequences ids are [batch, n] and logits [batch * rows, vocab]. The array may be
-        overwritten by the next run. Raises DsoptError when the context is full; on any failure the cache is as before.
+        overwritten by the next run. With `keep` only so many of the positions written become valid now, more by
+        `KvCache.extend`. Raises DsoptError when the context is full; on any failure the cache is as before.
         """
-        return self._advance(ids, rows).outputs["logits"].numpy().reshape(-1, self._vocab)
+        return self._advance(ids, rows, keep).outputs["logits"].numpy().reshape(-1, self._vocab)
 
     def pick(self, ids: NDArray[np.int64], rows: int = 1) -> NDArray[np.int64]:
         """As `run`, but returns the tokens with the largest logits, int64 [rows]: the logits stay on the device."""
         return self._advance(ids, rows).outputs["greedy"].numpy().reshape(-1)
 
-    def _advance(self, ids: NDArray[np.int64], rows: int) -> _Step:
+    def _advance(self, ids: NDArray[np.int64], rows: int, keep: int | None = None) -> _Step:
         cache, count = self.cache, ids.shape[-1]
         total = cache.length + count
         cache.reserve(total)
         if cache.generation != self._generation:
-            self._steps, self._generation = {}, cache.generation
+            self._captures, self._generation = {}, cache.generation
         # A chunk of a prompt has a mask exactly as long as the sequence: attention's prefill wants it.
         fixed = count <= max(self._captured, 1)
         step = self._fixed_step(count, rows) if fixed else self._make(count, rows, total, _NOT_CAPTURED)
@@ -142,16 +148,17 @@ class DeviceBinding(Binding):
         if fixed:
             step.mask.update_inplace(np.tile((np.arange(cache.capacity) < total).astype(np.int64), (cache.batch, 1)))
         self._session.run_with_iobinding(step.io, step.options)
-        cache.length = total
+        cache.length += count if keep is None else keep
+        cache.written = total
         self._last = step  # what it holds may be read until the next run
         return step
 
     def _fixed_step(self, count: int, rows: int) -> _Step:
         key = (count, rows)
-        if key not in self._steps:
+        if key not in self._captures:
             graph = str(next(self._graphs)) if count <= self._captured else _NOT_CAPTURED
-            self._steps[key] = self._make(count, rows, self.cache.capacity, graph)
-        return self._steps[key]
+            self._captures[key] = self._make(count, rows, self.cache.capacity, graph)
+        return self._captures[key]
 
     def _make(self, count: int, rows: int, length: int, graph: str) -> _Step:
         io, options, batch = self._session.io_binding(), ort.RunOptions(), self.cache.batch

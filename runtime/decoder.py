@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dsopt.runtime.drafters import Drafter
 from dsopt.runtime.sampling import logprob, logprobs
 from dsopt.runtime.session import PREFILL_CHUNK, Binding
 
@@ -22,13 +23,19 @@ class Step:
     from_draft: bool = False
 
 
-def prefill(binding: Binding, tokens: Sequence[int]) -> NDArray[np.float32]:
-    """Append `tokens` in chunks; returns the logits [vocab] after the last one. A failure leaves whole chunks."""
+def prefill(binding: Binding, tokens: Sequence[int], drafter: Drafter | None = None) -> NDArray[np.float32]:
+    """Append `tokens` in chunks; returns the logits [vocab] after the last one. A failure leaves whole chunks.
+
+    The `drafter` is told of each chunk.
+    """
     ids = np.asarray(tokens, np.int64)
     binding.cache.reserve(binding.cache.length + len(ids))
     logits = None
     for start in range(0, len(ids), PREFILL_CHUNK):
-        logits = binding.run(ids[start : start + PREFILL_CHUNK])
+        chunk = ids[start : start + PREFILL_CHUNK]
+        logits = binding.run(chunk)
+        if drafter is not None:
+            drafter.accept(chunk.tolist(), binding.hidden)
     assert logits is not None, "prefill needs a token"
     return logits[-1]
 
@@ -59,7 +66,7 @@ def decode(
     token_in = np.empty(1, np.int64)
     for count in range(1, limit + 1):
         token = choose(logits, history)
-        step = Step(token) if top is None else _with_logprobs(token, logits, top)
+        step = make_step(token, logits, top)
         history.append(token)
         yield step
         if token in end or count == limit:
@@ -84,5 +91,8 @@ def _decode_picks(binding: Binding, prompt: Sequence[int], limit: int, end: froz
         token = int(binding.pick(np.array([token], np.int64))[-1])
 
 
-def _with_logprobs(token: int, logits: NDArray[np.float32], top: int) -> Step:
-    return Step(token, logprob(logits, token), tuple(logprobs(logits, top)))
+def make_step(token: int, logits: NDArray[np.float32], top: int | None, *, from_draft: bool = False) -> Step:
+    """The step of `token`; with `top` = k its log-probability and the k best of `logits` [vocab]."""
+    if top is None:
+        return Step(token, from_draft=from_draft)
+    return Step(token, logprob(logits, token), tuple(logprobs(logits, top)), from_draft)

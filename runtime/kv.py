@@ -49,6 +49,7 @@ class KvCache:
     def __init__(self, layers: Sequence[LayerShape], limit: int, dtype: type = np.float32) -> None:
         self.layers, self.limit, self.dtype = tuple(layers), limit, dtype
         self.length = 0
+        self.written = 0  # positions that the last run filled, valid or not yet
         self.capacity = 0
         self.buffers: dict[str, NDArray[Any]] = {}
         self.generation = 0  # grows with each reallocation, so that bindings know they are stale
@@ -82,7 +83,12 @@ class KvCache:
     def trim(self, length: int) -> None:
         """Forget all positions from `length` on."""
         assert 0 <= length <= self.length
-        self.length = length
+        self.length = self.written = length
+
+    def extend(self, count: int) -> None:
+        """Make `count` more positions valid, of those that the last run wrote but did not keep."""
+        assert self.length + count <= self.written
+        self.length += count
 
     def valid(self) -> dict[str, NDArray[np.float32]]:
         """The valid part of each buffer, float32 [heads, length, head_dim], to be saved."""

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from dsopt.runtime import session as sessions
@@ -14,7 +14,9 @@ from dsopt.runtime.detokenizer import Detokenizer
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.sampling import Sampler, Sampling
 from dsopt.runtime.session import Session
+from dsopt.runtime.speculate import Speculation, speculate
 from dsopt.runtime.state import State
+from dsopt.runtime.tally import Tally
 from dsopt.runtime.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -42,6 +44,7 @@ class Result:
     prompt_seconds: float  # until the first token was chosen
     answer_seconds: float  # from the first token to the last
     seed: int
+    speculation: Speculation | None = None  # with what it counted; None for plain decoding
 
     @property
     def prompt_rate(self) -> float:
@@ -110,12 +113,14 @@ class Model:
         stop: Sequence[str] = (),
         top: int | None = None,
         state: State | None = None,
+        speculation: Speculation | None = None,
     ) -> "Stream":
         """Answer the prompt `tokens`, greedily unless a sampler is given.
 
         At most `limit` tokens, or as many as the context holds; ends at an end token or a string of `stop`.
         With `top` = k each step has its log-probability and the k best. `state` is the sequence to go on
-        from: what it shares with `tokens` is not computed again, and it takes up the answer.
+        from: what it shares with `tokens` is not computed again, and it takes up the answer. With `speculation`
+        (`drafters.choice.open_speculation`) tokens are drafted and verified, several at once.
         Raises DsoptError when the prompt has a token the model does not know or leaves no room for an answer,
         before anything is computed.
         """
@@ -130,7 +135,7 @@ class Model:
             )
         state = self.new_state() if state is None else state
         detokenizer = Detokenizer(self.tokenizer, stop=stop)
-        return Stream(self, state, tokens, sampler or Sampler(Sampling()), detokenizer, limit, top)
+        return Stream(self, state, tokens, sampler or Sampler(Sampling()), detokenizer, limit, top, speculation)
 
     def _check_ids(self, tokens: Sequence[int]) -> None:
         size = self.session.vocab_size
@@ -171,6 +176,7 @@ class Stream:
         detokenizer: Detokenizer,
         limit: int | None,
         top: int | None,
+        speculation: Speculation | None,
     ) -> None:
         room = model.session.context - len(prompt)
         self.state = state
@@ -178,6 +184,9 @@ class Stream:
         self._limit = room if limit is None else min(limit, room)
         self._bounded_by_context = limit is None or room < limit
         self._prompt_tokens, self._cached = len(prompt), state.become(prompt)
+        self._speculation = speculation and replace(speculation, tally=Tally())
+        if speculation and speculation.drafter and speculation.drafter.taps:
+            self._cached = 0  # a drafter that reads hidden states must see them all
         state.sampling = sampler.state()
         self._answered = 0
         self._prompt_seconds = self._answer_seconds = 0.0
@@ -209,6 +218,7 @@ class Stream:
             prompt_seconds=self._prompt_seconds,
             answer_seconds=self._answer_seconds,
             seed=self._sampler.seed,
+            speculation=self._speculation,
         )
 
     def _run(self) -> Iterator[Piece]:
@@ -229,7 +239,11 @@ class Stream:
 
     def _steps(self) -> Iterator[Step]:
         state, session = self.state, self._model.session
-        prompt, binding = tuple(state.tokens), session.bind(state.cache)
+        prompt = tuple(state.tokens)
+        if self._speculation is not None:
+            yield from self._speculated(prompt, self._speculation)
+            return
+        binding = session.bind(state.cache)
         # All chunks but the last here rather than in `decode`, so that cancelling need not wait for them.
         state.cache.reserve(len(prompt))
         chunk = sessions.PREFILL_CHUNK
@@ -239,6 +253,19 @@ class Stream:
             yield from decode(
                 binding, prompt, choose=self._sampler, limit=self._limit, end=self._model.end, top=self._top
             )
+
+    def _speculated(self, prompt: Sequence[int], speculation: Speculation) -> Iterator[Step]:
+        drafter = speculation.drafter
+        return speculate(
+            self._model.session.bind(self.state.cache, drafter.taps if drafter else ()),
+            prompt,
+            speculation,
+            sampler=self._sampler,
+            limit=self._limit,
+            end=self._model.end,
+            top=self._top,
+            cancelled=lambda: self._cancelled,
+        )
 
     def _take(self, step: Step) -> None:
         self.state.tokens.append(step.token)

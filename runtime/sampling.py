@@ -82,11 +82,24 @@ class Sampler:
         logits = self._penalise(logits, history)
         if self.options.temperature == 0:
             return _largest(logits)
-        tokens, probabilities = self._truncate(logits)
-        mass = np.cumsum(probabilities)
+        return self.draw(*self._truncate(logits))
+
+    def uniform(self) -> float:
+        """A random number, at least 0 and below 1."""
+        return float(self._random.random())
+
+    def draw(self, tokens: Ids, weights: Doubles) -> int:
+        """One of `tokens`, with probabilities in proportion to `weights`, which need not sum to 1."""
+        mass = np.cumsum(weights)
         # The first token whose cumulated mass exceeds u < 1 of the whole.
-        chosen = np.searchsorted(mass, self._random.random() * mass[-1], side="right")
-        return int(tokens[chosen])
+        return int(tokens[np.searchsorted(mass, self.uniform() * mass[-1], side="right")])
+
+    def margin(self, logits: Floats, history: Sequence[int]) -> float:
+        """By how much the largest logit, after the penalty, exceeds the second."""
+        logits = self._penalise(logits, history)
+        best = _largest(logits)
+        others = max(part.max(initial=-math.inf) for part in (logits[:best], logits[best + 1 :]))
+        return float(logits[best] - others)
 
     @property
     def greedy(self) -> bool:

@@ -1,7 +1,7 @@
 """An ONNX Runtime session over an artifact: token ids and a cache in, logits out."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from dsopt.runtime.errors import DsoptError, UsageError
 from dsopt.runtime.kv import CACHE_TYPES, CacheType, KvCache, LayerShape
 
 Logits = NDArray[np.float32]
+_FEW = 64  # runs of so few rows keep what is bound for their shape: decoding and verification alternate widths
 PREFILL_CHUNK = 512  # rows a run at most: bounds the activations' memory, large enough for full matrix speed
 
 
@@ -37,6 +38,11 @@ def check_threads(threads: int | None) -> None:
     processors = os.cpu_count()
     if threads is not None and processors is not None and threads > processors:
         raise UsageError(f"--threads is {threads}; this machine has {processors} processors, give at most as many")
+
+
+def ort_version() -> str:
+    """Of ONNX Runtime."""
+    return str(ort.__version__)
 
 
 class Session:
@@ -93,13 +99,36 @@ class Session:
 
         return DeviceCache(self.layers, self.context, kind, self.device, batch)
 
-    def bind(self, cache: KvCache) -> "Binding":
+    def bind(self, cache: KvCache, taps: Sequence[int] = ()) -> "Binding":
+        """`taps`: layers whose outputs each run gives too. Raises DsoptError where the graph has them not."""
+        widths = {output.name: output.shape[-1] for output in self._session.get_outputs()}
+        missing = [tap for tap in taps if f"tap.{tap}" not in widths]
+        if missing:
+            raise DsoptError(
+                f"{self.artifact.directory}: has no output for layer {missing[0]}, which the drafter reads; "
+                "compile model and drafter together with --draft"
+            )
         if self.device == "cpu":
-            return Binding(self._session, cache, self.vocab_size)
+            tapped = {f"tap.{tap}": widths[f"tap.{tap}"] for tap in taps}
+            return Binding(self._session, cache, self.vocab_size, tapped)
+        if taps:
+            raise DsoptError(f"{self.artifact.directory}: drafters that read layers run on the CPU only; --device cpu")
         from dsopt.runtime.cuda import DeviceBinding, DeviceCache
 
         assert isinstance(cache, DeviceCache)
         return DeviceBinding(self._session, cache, self.vocab_size, self.device, self._captured)
+
+
+class _Step:
+    """What a run of one shape reads and writes: ids [1, n], logits [1, rows, vocab], taps [1, n, width]."""
+
+    def __init__(self, count: int, logits: Logits, taps: Mapping[str, int]) -> None:
+        self.ids, self.logits = np.empty((1, count), np.int64), logits
+        self.taps = [np.empty((1, count, width), np.float32) for width in taps.values()]
+        start = np.array([-logits.shape[1]], np.int64)
+        self.inputs = {"input_ids": _value(self.ids), "logits_start": _value(start)}
+        taps_out = {name: _value(tap) for name, tap in zip(taps, self.taps, strict=True)}
+        self.outputs = {"logits": _value(self.logits), **taps_out}
 
 
 class Binding:
@@ -110,55 +139,77 @@ class Binding:
 
     picks = False  # whether `pick` spares the transfer of the logits
 
-    def __init__(self, session: ort.InferenceSession, cache: KvCache, vocab_size: int) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, cache: KvCache, vocab_size: int, taps: Mapping[str, int] | None = None
+    ) -> None:
         self.cache = cache
-        self._session, self._vocab = session, vocab_size
+        self._session, self._vocab, self._taps = session, vocab_size, taps or {}
         self._io = session.io_binding()
         self._generation = -1
+        self._logits = np.empty((1, 0, vocab_size), np.float32)
+        self._steps: dict[tuple[int, int], _Step] = {}
         self._shape = (0, 0)  # rows in, rows of logits out
         self._mask = np.ones((1, 0), np.int64)
 
-    def run(self, ids: NDArray[np.int64], rows: int = 1) -> Logits:
+    def run(self, ids: NDArray[np.int64], rows: int = 1, keep: int | None = None) -> Logits:
         """Append ids int64 [n]; returns logits float32 [rows, vocab] of the last `rows` of them.
 
-        The array is overwritten by the next run of the same shape. Raises DsoptError when the context is full;
-        on any failure, an interrupt included, the cache is as before.
+        The array is overwritten by the next run. With `keep` only so many of the positions
+        written become valid now, more by `KvCache.extend`. Raises DsoptError when the context is full; on any
+        failure, an interrupt included, the cache is as before.
         """
         cache, total = self.cache, self.cache.length + len(ids)
         cache.reserve(total)
         if cache.generation != self._generation:
             self._bind_cache()
         if self._shape != (len(ids), rows):
-            self._bind_shape(len(ids), rows)
-        self._ids[0, :] = ids
-        self._bind("attention_mask", self._mask[:, :total])
+            self._bind_shape((len(ids), rows))
+        step = self._steps[self._shape]
+        step.ids[0, :] = ids
+        self._io.bind_ortvalue_input("attention_mask", _value(self._mask[:, :total]))
         self._session.run_with_iobinding(self._io)
-        cache.length = total
-        return self._logits[0]
+        cache.length += len(ids) if keep is None else keep
+        cache.written = total
+        return step.logits[0]
 
     def pick(self, ids: NDArray[np.int64], rows: int = 1) -> NDArray[np.int64]:
         """As `run`, but returns the tokens with the largest logits, int64 [rows]."""
         return self.run(ids, rows).argmax(-1)
 
-    def _bind(self, name: str, array: NDArray[Any], to: Callable[..., None] | None = None) -> None:
-        (to or self._io.bind_ortvalue_input)(name, ort.OrtValue.ortvalue_from_numpy(array))
+    @property
+    def hidden(self) -> NDArray[np.float32] | None:
+        """The tapped layers' outputs of the last run, float32 [n, taps, width], a copy; None without taps."""
+        return np.stack([tap[0] for tap in self._steps[self._shape].taps], axis=1) if self._taps else None
 
     def _bind_cache(self) -> None:
         for name, buffer in self.cache.buffers.items():
-            value = ort.OrtValue.ortvalue_from_numpy(buffer)
+            value = _value(buffer)
             self._io.bind_ortvalue_input(f"past_key_values.{name}", value)
             self._io.bind_ortvalue_output(f"present.{name}", value)
         self._mask = np.ones((1, self.cache.capacity), np.int64)
         self._generation = self.cache.generation
 
-    def _bind_shape(self, count: int, rows: int) -> None:
-        self._ids = np.empty((1, count), np.int64)
-        self._logits = np.empty((1, rows, self._vocab), np.float32)
-        self._start = np.array([-rows], np.int64)
-        self._bind("input_ids", self._ids)
-        self._bind("logits_start", self._start)
-        self._bind("logits", self._logits, self._io.bind_ortvalue_output)
-        self._shape = (count, rows)
+    def _bind_shape(self, shape: tuple[int, int]) -> None:
+        if shape not in self._steps:
+            self._steps[shape] = self._new_step(*shape)
+        for name, value in self._steps[shape].inputs.items():
+            self._io.bind_ortvalue_input(name, value)
+        for name, value in self._steps[shape].outputs.items():
+            self._io.bind_ortvalue_output(name, value)
+        self._shape = shape
+
+    def _new_step(self, count: int, rows: int) -> _Step:
+        if rows > self._logits.shape[1]:
+            self._logits = np.empty((1, rows, self._vocab), np.float32)
+            self._steps.clear()
+        for shape in [shape for shape in self._steps if shape[0] > _FEW]:
+            del self._steps[shape]
+        return _Step(count, self._logits[:, :rows], self._taps)
+
+
+def _value(array: NDArray[Any]) -> Any:
+    """An OrtValue over the array's own memory, which must outlive it."""
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def session_options() -> ort.SessionOptions:

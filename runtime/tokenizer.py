@@ -59,6 +59,10 @@ class Tokenizer:
         """The number of tokens, added ones included; a model's logits may have more (padded) rows."""
         return int(self._backend.get_vocab_size(with_added_tokens=True))
 
+    def tokens(self) -> dict[str, int]:
+        """The id of every token, added ones included."""
+        return dict(self._backend.get_vocab(with_added_tokens=True))
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """The ids of `text`; nothing is put around it (see `add_bos`).
 

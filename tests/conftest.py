@@ -255,7 +255,7 @@ def compile_pair(tmp_path_factory: pytest.TempPathFactory, exported_once: None) 
             drafter = write_drafter(folder / "drafter", target, DRAFTERS[name][1])
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("DSOPT_CACHE", str(folder / "cache"))
-                plan = build.plan(open_checkpoint(str(target)), Recipe.parse(recipe), open_drafter(str(drafter)))
+                plan = build.plan(open_checkpoint(str(target)), Recipe.parse(recipe), draft=open_drafter(str(drafter)))
                 build.write(plan, folder / "artifact")
             made[key] = SimpleNamespace(target=target, drafter=drafter, artifact=folder / "artifact")
         return made[key]

@@ -73,3 +73,9 @@ def test_custom_pass(
     before, after = (int(word) for word in done.stdout.split() if word.isdigit())
     assert after == before + 1
     run("dsopt", "generate", "-m", out, "--raw", "a", "-n", "3")
+
+
+def test_editing_prompts_are_what_bench_reads() -> None:
+    lines = [json.loads(line) for line in (SAMPLES / "editing.jsonl").read_text().splitlines()]
+    assert len(lines) >= 8
+    assert all(set(line) == {"category", "prompt"} and len(line["prompt"].split()) > 100 for line in lines)

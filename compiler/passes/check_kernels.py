@@ -29,6 +29,8 @@ class CheckKernels(ir.passes.InPlacePass):
             if str(form) not in target.linears.get(dtype or "", ()):
                 raise DsoptError(f"{node.name}: {target.name} has no kernel for {form} with {dtype} activations")
             return
+        if node.op_type == "Constant":  # no kernel anywhere: it becomes an initializer at load
+            return
         if node.op_type not in target.operators:
             raise DsoptError(f"{node.name}: {target.name} has no kernel for {node.op_type}")
         allowed = target.operators[node.op_type]

@@ -153,7 +153,7 @@ def test_jsonl_has_every_token_and_the_record(generate: Generate, model: Model) 
     assert (done["stats"]["prompt_tokens"], done["stats"]["answer_tokens"]) == (21, 20)
 
     plain = json.loads(generate("hi", "-n", 1, "--jsonl").out.splitlines()[0])
-    assert set(plain) == {"event", "id", "text", "bytes"}
+    assert set(plain) == {"event", "id", "text", "bytes", "from_draft"}
 
 
 def test_json_is_one_object(generate: Generate, model: Model) -> None:

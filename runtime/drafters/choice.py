@@ -1,0 +1,69 @@
+"""From what a user says (`none`, `ngram`, `auto`, a directory) to a drafter with its schedule."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from dsopt.runtime.artifact import MANIFEST, open_artifact
+from dsopt.runtime.curve import verify_curve
+from dsopt.runtime.drafters import Drafter
+from dsopt.runtime.drafters.chain import ChainDrafter
+from dsopt.runtime.drafters.ngram import NgramDrafter
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.exact import WORTH, check_exact, exact_cost, exact_widths, mixes_rows
+from dsopt.runtime.model import Model
+from dsopt.runtime.sampling import Sampling
+from dsopt.runtime.scheduler import Scheduler
+from dsopt.runtime.speculate import Speculation
+
+NONE, NGRAM, AUTO = "none", "ngram", "auto"
+
+
+def open_speculation(
+    model: Model,
+    kind: str,
+    *,
+    exact: bool | None = None,
+    sampling: Sampling | None = None,
+    measuring: Callable[[], None] = lambda: None,
+) -> Speculation | None:
+    """Speculation for one sequence at a time of `model`; None for plain decoding.
+
+    `exact` None: where there is a drafter and exactness costs under 5 %. `measuring` is called before the verify
+    curve is measured, which takes two seconds the first time. Raises DsoptError where a drafter cannot be used.
+    """
+    if exact:
+        check_exact(model.artifact)
+    drafter = open_drafter(kind, model, sampling or Sampling())
+    if drafter is None and not exact:
+        return None
+    curve = verify_curve(model.session, measuring)
+    widths = exact_widths(curve)
+    cost = exact_cost(curve, widths)
+    if exact is None:
+        exact = cost <= WORTH and not mixes_rows(model.artifact)
+    if not exact:
+        return Speculation(drafter, Scheduler(curve), kind=kind)
+    return Speculation(drafter, Scheduler(curve, widths), widths, kind=kind, exact_cost=cost)
+
+
+def open_drafter(kind: str, target: Model, sampling: Sampling) -> Drafter | None:
+    """`auto`: copies from the text where they are sure, else the drafters that were compiled with the model."""
+    if kind == NONE:
+        return None
+    if kind == NGRAM:
+        return NgramDrafter()
+    if kind == AUTO:
+        directory = target.artifact.directory
+        compiled = [_open_directory(directory / name, target, sampling) for name in target.artifact.manifest.drafters]
+        return ChainDrafter([NgramDrafter(), *compiled]) if compiled else NgramDrafter()
+    if not (Path(kind) / MANIFEST).is_file():
+        raise DsoptError(f"--draft is {kind}; it must be {NONE}, {NGRAM}, {AUTO} or the directory of a compiled model")
+    return _open_directory(Path(kind), target, sampling)
+
+
+def _open_directory(directory: Path, target: Model, sampling: Sampling) -> Drafter:
+    from dsopt.runtime.drafters.model import ModelDrafter, check_same_tokens
+
+    draft = Model(open_artifact(directory), threads=target.session.threads)
+    check_same_tokens(target, draft)
+    return ModelDrafter(draft, target.session.vocab_size, sampling)

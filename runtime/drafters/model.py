@@ -1,0 +1,126 @@
+"""Drafts of a second model: any compiled one with the same tokens, such as a smaller or a pruned one."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsopt.runtime.decoder import prefill
+from dsopt.runtime.drafters import Draft
+from dsopt.runtime.drafters.acceptance import Acceptance
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.model import Model
+from dsopt.runtime.sampling import Sampler, Sampling
+from dsopt.runtime.session import Logits
+
+_WORTH = 0.3  # a draft ends before a token that is accepted, with all before it, less often than this
+_CLASSES = 10  # of confidence, counted apart
+
+
+class ModelDrafter:
+    """Follows the target lazily: what it has not seen is read when it drafts, so that a pause costs nothing.
+
+    At temperature 0 its most probable tokens, else tokens drawn by the same rules as the target's, with their
+    distributions. The survival of a token is counted acceptance by how sure the draft model was, which is known
+    before the token is drawn.
+    """
+
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, model: Model, vocab_size: int, sampling: Sampling) -> None:
+        """`vocab_size`: the target's. `sampling`: the target's; the drafter's random numbers are its own."""
+        seed = None if sampling.seed is None else sampling.seed + 1
+        self._sampler = Sampler(replace(sampling, seed=seed))
+        self._vocab, self._draws = vocab_size, sampling.temperature > 0
+        self._binding = model.session.bind(model.session.new_cache())
+        self._own_vocab = model.session.vocab_size
+        self._acceptance = Acceptance(weight=8)
+        self._read: list[int] = []  # what the cache holds
+        self.begin()
+
+    def begin(self) -> None:
+        self._tokens: list[int] = []
+        self._agreed = 0  # so many tokens of the sequence are those in the cache
+        self._drafted: list[tuple[int, int]] = []  # tokens of the last draft, and their class of confidence
+        self._drafted_at = 0
+
+    def accept(self, tokens: Sequence[int], hidden: NDArray[np.float32] | None) -> None:
+        self._tokens += tokens
+
+    def draft(self, anchor: int, limit: int) -> Draft:
+        history = [*self._tokens, anchor]
+        self._judge(history)
+        logits = self._catch_up(history)
+        survival: list[float] = []
+        drawn_from: list[NDArray[np.float64]] = []
+        reached, self._drafted_at = 1.0, len(history)
+        while logits is not None and len(survival) < limit:
+            tokens, probabilities = self._distribution(logits, history)
+            confidence = min(int(probabilities.max() * _CLASSES), _CLASSES - 1)
+            survival.append(self._acceptance.share(confidence, (confidence + 0.5) / _CLASSES))
+            reached *= survival[-1]
+            if reached < _WORTH:
+                survival.pop()
+                break
+            token = self._take(tokens, probabilities, drawn_from)
+            history.append(token)
+            self._drafted.append((token, confidence))
+            logits = self._step(token) if len(survival) < limit else None
+        drafted = tuple(token for token, _ in self._drafted)
+        return Draft(drafted, tuple(survival), np.array(drawn_from) if drawn_from else None)
+
+    def _judge(self, history: Sequence[int]) -> None:
+        """Count how much of the last draft was right, as far as is known by now."""
+        for (drafted, confidence), token in zip(self._drafted, history[self._drafted_at :], strict=False):
+            self._acceptance.count(confidence, drafted == token)
+            if drafted != token:
+                break
+        self._drafted = []
+
+    def _catch_up(self, history: Sequence[int]) -> Logits | None:
+        """Read what is new; the logits after it, None where the draft model has no room or not such a token."""
+        cache, read = self._binding.cache, self._read
+        common = min(len(read), cache.length, len(history) - 1)
+        while self._agreed < common and read[self._agreed] == history[self._agreed]:
+            self._agreed += 1
+        cache.trim(min(self._agreed, cache.length))
+        del read[cache.length :]
+        new = history[cache.length :]
+        if len(history) > cache.limit or max(new) >= self._own_vocab:
+            return None
+        read += new
+        return prefill(self._binding, new)
+
+    def _step(self, token: int) -> Logits | None:
+        if self._binding.cache.length == self._binding.cache.limit:
+            return None
+        self._read.append(token)
+        return self._binding.run(np.array([token]))[-1]
+
+    def _distribution(self, logits: Logits, history: Sequence[int]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """What a token is drawn from; at temperature 0 the model's own distribution."""
+        logits = logits[: min(self._own_vocab, self._vocab)]
+        if self._draws:
+            return self._sampler.distribution(logits, history)
+        weights = np.exp(logits - logits.max())
+        return np.arange(len(logits)), weights / weights.sum()
+
+    def _take(
+        self, tokens: NDArray[np.int64], probabilities: NDArray[np.float64], drawn_from: list[NDArray[np.float64]]
+    ) -> int:
+        if not self._draws:
+            return int(tokens[probabilities.argmax()])
+        dense = np.zeros(self._vocab)
+        dense[tokens] = probabilities
+        drawn_from.append(dense)
+        return self._sampler.draw(tokens, probabilities)
+
+
+def check_same_tokens(target: Model, draft: Model) -> None:
+    """Raises DsoptError unless a token id means the same to both."""
+    if target.tokenizer.tokens() != draft.tokenizer.tokens():
+        raise DsoptError(
+            f"--draft {draft.artifact.directory}: its tokens are not those of {target.artifact.directory}; "
+            "give a model with the same tokenizer, or --draft ngram"
+        )

@@ -1,0 +1,150 @@
+"""What speculation gains: real prompts with and without it in turn, and what a made-up acceptance would bring."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dsopt.runtime.curve import VerifyCurve
+from dsopt.runtime.drafters import Drafter
+from dsopt.runtime.model import Model, Result
+from dsopt.runtime.speculate import Speculation
+from dsopt.runtime.tally import Tally
+
+OVERALL = "overall"
+_WARM_UP = 8  # tokens, not counted
+_DEPTH = 512  # tokens in the cache, of the synthetic table
+
+
+@dataclass(frozen=True)
+class Task:
+    """One prompt: its token ids."""
+
+    category: str
+    prompt: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The tokens of an answer, and how it went."""
+
+    tokens: tuple[int, ...]
+    result: Result
+
+    @property
+    def seconds(self) -> float:
+        return self.result.prompt_seconds + self.result.answer_seconds
+
+
+@dataclass
+class Comparison:
+    """Answers to the prompts of one category: plain, speculative, and with exact mode its reference without a drafter.
+
+    Rates are of all tokens and seconds together, so that a short answer weighs no more than its share.
+    """
+
+    category: str
+    plain: list[Answer] = field(default_factory=list)
+    speculative: list[Answer] = field(default_factory=list)
+    reference: list[Answer] = field(default_factory=list)
+
+    @property
+    def tally(self) -> Tally:
+        total = Tally()
+        for answer in self.speculative:
+            if answer.result.speculation is not None:
+                total.add(answer.result.speculation.tally)
+        return total
+
+    @property
+    def identical(self) -> float:
+        """The share of answers that are what they are without a drafter, token by token."""
+        others = self.reference or self.plain
+        same = [a.tokens == b.tokens for a, b in zip(self.speculative, others, strict=True)]
+        return sum(same) / len(same)
+
+
+def decode_rate(answers: Sequence[Answer]) -> float:
+    """Tokens a second after the first of each answer; 0 where no answer has two."""
+    seconds = sum(answer.result.answer_seconds for answer in answers)
+    return sum(len(answer.tokens) - 1 for answer in answers) / seconds if seconds else 0.0
+
+
+def latency(answers: Sequence[Answer]) -> float:
+    """Seconds a token, the prompt's time included: answers that differ in a token may differ in length."""
+    return sum(answer.seconds for answer in answers) / sum(len(answer.tokens) for answer in answers)
+
+
+def compare(
+    model: Model, tasks: Sequence[Task], speculation: Speculation, reference: Speculation | None, limit: int
+) -> Iterator[Comparison]:
+    """Answer each task with at most `limit` tokens, greedily, without and with `speculation`, taking turns at being
+    first. Yields a category when its last task is done, and all of them as `overall`."""
+    ways: list[Speculation | None] = [None, speculation, *([reference] if reference else [])]
+    for way in ways:
+        _answer(model, tasks[0], way, min(limit, _WARM_UP))
+    overall = Comparison(OVERALL)
+    for category in dict.fromkeys(task.category for task in tasks):
+        comparison = Comparison(category)
+        for index, task in enumerate(task for task in tasks if task.category == category):
+            order = ways[index % len(ways) :] + ways[: index % len(ways)]
+            answers = {id(way): _answer(model, task, way, limit) for way in order}
+            for kept in (comparison, overall):
+                kept.plain.append(answers[id(None)])
+                kept.speculative.append(answers[id(speculation)])
+                if reference:
+                    kept.reference.append(answers[id(reference)])
+        yield comparison
+    yield overall
+
+
+def _answer(model: Model, task: Task, speculation: Speculation | None, limit: int) -> Answer:
+    stream = model.stream(task.prompt, limit=limit, speculation=speculation)
+    tokens = tuple(piece.step.token for piece in stream)
+    return Answer(tokens, stream.result)
+
+
+@dataclass(frozen=True)
+class Prospect:
+    """What verifying drafts of `drafted` tokens would bring, were each accepted with the same probability.
+
+    break_even: tokens that a round must give to be no slower than plain decoding.
+    """
+
+    drafted: int
+    draft_seconds: float
+    verify_seconds: float
+    break_even: float
+    expected: float
+
+    @property
+    def speedup(self) -> float:
+        return self.expected / self.break_even
+
+
+def prospects(curve: VerifyCurve, accept: float, drafter: Drafter | None, model: Model) -> list[Prospect]:
+    """For every width of the curve. `accept`: probability of each drafted token, given those before it."""
+    plain = curve.seconds(1, _DEPTH)
+    rows = []
+    for width in curve.widths[1:]:
+        drafting = _draft_seconds(drafter, model, width - 1) if drafter is not None else 0.0
+        verifying = curve.seconds(width, _DEPTH)
+        expected = sum(accept**position for position in range(width))
+        rows.append(Prospect(width - 1, drafting, verifying, (drafting + verifying) / plain, expected))
+    return rows
+
+
+def _draft_seconds(drafter: Drafter, model: Model, count: int) -> float:
+    """The least of a few drafts of `count` tokens behind random ones; in proportion where fewer came of it."""
+    random = np.random.default_rng(0)
+    ids = random.integers(model.tokenizer.vocab_size, size=_WARM_UP).tolist()
+    hidden = np.zeros((len(ids), len(drafter.taps), model.artifact.manifest.model["hidden_size"]), np.float32)
+    drafter.begin()
+    taken = []
+    for _ in range(4):
+        drafter.accept(ids, hidden if drafter.taps else None)
+        start = time.perf_counter()
+        drafted = len(drafter.draft(ids[0], count).tokens)
+        taken.append((time.perf_counter() - start) * (count / drafted if drafted else 1))
+    return min(taken[1:])  # the first one allocates

@@ -1,0 +1,224 @@
+"""The verify loop: the model checks several drafted tokens in one run. It knows no drafter.
+
+Every token is chosen from the model's own logits, in order, by the same sampler as in plain decoding. A draft only
+decides how many rows of logits one run computes ahead (arXiv:2211.17192, arXiv:2302.01318).
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsopt.runtime import session as sessions
+from dsopt.runtime.decoder import Step, make_step, prefill
+from dsopt.runtime.drafters import Draft, Drafter
+from dsopt.runtime.sampling import Sampler
+from dsopt.runtime.scheduler import Round, Scheduler, padded
+from dsopt.runtime.session import Binding, Logits
+from dsopt.runtime.tally import Tally
+
+NEAR_TIE = 0.3  # logits: the largest lead that was seen to flip between runs of different width
+
+
+@dataclass
+class Speculation:
+    """How one sequence is speculated on.
+
+    drafter: None verifies nothing, which is of use with `widths` only.
+    widths: rows that a run may have, rising (exact mode); () lets it have as many as are needed.
+    """
+
+    drafter: Drafter | None
+    scheduler: Scheduler
+    widths: tuple[int, ...] = ()
+    tally: Tally = field(default_factory=Tally)
+    kind: str = "none"  # of drafter, as the user named it
+    exact_cost: float = 0.0  # by what share the narrowest run is slower than one of a single row
+
+
+def speculate(
+    binding: Binding,
+    prompt: Sequence[int],
+    speculation: Speculation,
+    *,
+    sampler: Sampler,
+    limit: int,
+    end: frozenset[int] = frozenset(),
+    top: int | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[Step]:
+    """As `decoder.decode`: yield at most `limit` tokens after `prompt`, ending after a token of `end`.
+
+    The same tokens: at temperature 0, and with drafts that are certain at any temperature, those of `decode`, up to
+    what the width of a run does to the logits; with drafts that were drawn, tokens of the same distribution. At
+    every yield the cache is a prefix of what was yielded, without the last token. `cancelled` is asked between two
+    chunks of the prompt. A drafter with taps is shown the whole prompt, so that a cached prefix is computed again.
+    """
+    loop = _Loop(binding, list(prompt), speculation, sampler, end, top)
+    logits = loop.read_prompt(cancelled)
+    if logits is None or limit == 0:
+        return
+    token = sampler(logits, loop.history)
+    loop.history.append(token)
+    yield make_step(token, logits, top)
+    left = limit - 1
+    while left and token not in end:
+        left -= yield from loop.round(left)
+        token = loop.history[-1]
+
+
+class _Loop:
+    """One generation. Between rounds the last token of `history`, the anchor, is not in the cache."""
+
+    def __init__(
+        self,
+        binding: Binding,
+        history: list[int],
+        speculation: Speculation,
+        sampler: Sampler,
+        end: frozenset[int],
+        top: int | None,
+    ) -> None:
+        self.history = history
+        self._binding, self._cache, self._sampler = binding, binding.cache, sampler
+        self._drafter, self._scheduler = speculation.drafter, speculation.scheduler
+        self._widths, self._tally = speculation.widths, speculation.tally
+        self._end, self._top = end, top
+        self._greedy = sampler.options.temperature == 0
+        self._mark = 0.0
+
+    def read_prompt(self, cancelled: Callable[[], bool]) -> Logits | None:
+        """Bring cache and drafter to the prompt's end; its logits, None when cancelled."""
+        cache, drafter, prompt = self._cache, self._drafter, self.history
+        cache.trim(min(cache.length, len(prompt) - 1))
+        if drafter is not None:
+            drafter.begin()
+            self._scheduler.begin()
+            if drafter.taps:
+                cache.trim(0)
+            elif cache.length:
+                drafter.accept(prompt[: cache.length], None)
+        cache.reserve(len(prompt))
+        logits = None
+        while cache.length < len(prompt) and not cancelled():
+            logits = prefill(self._binding, prompt[cache.length :][: sessions.PREFILL_CHUNK], drafter)
+        return logits if cache.length == len(prompt) else None
+
+    def round(self, left: int) -> Generator[Step, None, int]:
+        """Draft, verify, and yield what comes of it, at most `left` tokens; returns how many."""
+        self._mark = time.perf_counter()
+        depth, anchor = self._cache.length, self.history[-1]
+        draft, asked, drafting = self._draft(anchor, left)
+        self._tally.overhead_seconds += self._lap()
+        rows, first = self._run([anchor, *draft.tokens])
+        verifying = self._lap()
+        self._tally.verify_seconds += verifying
+        self._tally.propose(len(draft.tokens))
+        emitted = accepted = 0
+        for position, logits in enumerate(rows[first : first + len(draft.tokens) + 1]):
+            token = self._choose(logits, draft, position)
+            from_draft = position < len(draft.tokens) and token == draft.tokens[position]
+            step = self._emit(token, logits, from_draft, position, depth)
+            emitted += 1
+            yield step
+            self._mark = time.perf_counter()
+            if from_draft:
+                self._cache.extend(1)
+                accepted += 1
+            if not from_draft or token in self._end:
+                break
+        drafting += self._accept([anchor, *draft.tokens[:accepted]], first)
+        self._scheduler.observe(Round(depth, asked, len(draft.tokens), accepted, emitted, drafting, verifying))
+        self._tally.overhead_seconds += self._lap()
+        return emitted
+
+    def _draft(self, anchor: int, left: int) -> tuple[Draft, int, float]:
+        """What is to be verified, how many tokens the drafter was asked for, and the seconds it took."""
+        room = min(left - 1, self._cache.limit - self._cache.length - 1)
+        if self._widths:
+            room = min(room, self._widths[-1] - 1)
+        asked = self._scheduler.ask(self._cache.length, room) if self._drafter is not None else 0
+        if self._drafter is None or asked == 0:
+            return Draft(), 0, 0.0
+        self._tally.overhead_seconds += self._lap()
+        draft = self._drafter.draft(anchor, asked)
+        seconds = self._lap()
+        self._tally.draft_seconds += seconds
+        draft = _first(draft, min(asked, _until_end(draft.tokens, self._end)))
+        # What was drawn may not be judged by what came out of the draw; what is certain may.
+        anticipate = self._greedy or draft.distributions is None
+        count = self._scheduler.cut(draft, self._cache.length, seconds, anticipate=anticipate)
+        return _first(draft, count), asked, seconds
+
+    def _run(self, ids: list[int]) -> tuple[Logits, int]:
+        """Logits after each of `ids`, and in which row they begin. Only the anchor is valid in the cache then.
+
+        In exact mode a run is filled up, with tokens that are forgotten; where the context ends before, with the
+        tokens that came before, which are computed again.
+        """
+        cache = self._cache
+        width = min(padded(self._widths, len(ids)), cache.limit)
+        back = max(cache.length + width - cache.limit, 0)
+        filled = [*self.history[cache.length - back : cache.length], *ids]
+        filled += [ids[-1]] * (width - len(filled))
+        cache.trim(cache.length - back)
+        return self._binding.run(np.array(filled), rows=width, keep=back + 1), back
+
+    def _choose(self, logits: Logits, draft: Draft, position: int) -> int:
+        if draft.distributions is None or position == len(draft.tokens) or self._greedy:
+            return self._sampler(logits, self.history)
+        drafted, drawn_from = draft.tokens[position], draft.distributions[position]
+        return accept_or_replace(self._sampler, logits, self.history, drafted, drawn_from)
+
+    def _emit(self, token: int, logits: Logits, from_draft: bool, position: int, depth: int) -> Step:
+        tally = self._tally
+        if self._greedy and not self._widths and self._sampler.margin(logits, self.history) < NEAR_TIE:
+            tally.near_ties += 1
+        if from_draft:
+            tally.accept(position)
+        self.history.append(token)
+        step = make_step(token, logits, self._top, from_draft=from_draft)
+        tally.emitted += 1
+        tally.plain_seconds += self._scheduler.plain_seconds(depth)
+        tally.overhead_seconds += self._lap()
+        return step
+
+    def _accept(self, tokens: list[int], first: int) -> float:
+        """Tell the drafter what was kept; returns the seconds it took."""
+        if self._drafter is None:
+            return 0.0
+        self._tally.overhead_seconds += self._lap()
+        hidden = self._binding.hidden
+        self._drafter.accept(tokens, None if hidden is None else hidden[first : first + len(tokens)])
+        seconds = self._lap()
+        self._tally.draft_seconds += seconds
+        return seconds
+
+    def _lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self._mark = self._mark, time.perf_counter()
+        return self._mark - before
+
+
+def accept_or_replace(
+    sampler: Sampler, logits: Logits, history: Sequence[int], drafted: int, drawn_from: NDArray[np.float64]
+) -> int:
+    """A token of the sampler's distribution p: `drafted`, drawn from q, with probability min(1, p/q), else one drawn
+    from what p has more than q (arXiv:2211.17192). In float64; `drawn_from` is q, [vocab]."""
+    tokens, p = sampler.distribution(logits, history)
+    if sampler.uniform() * drawn_from[drafted] < p[tokens == drafted].sum():
+        return drafted
+    residual = np.maximum(p - drawn_from[tokens], 0)
+    return sampler.draw(tokens, residual if residual.any() else p)  # none left: p is q but for rounding
+
+
+def _first(draft: Draft, count: int) -> Draft:
+    drawn_from = draft.distributions
+    return Draft(draft.tokens[:count], draft.survival[:count], None if drawn_from is None else drawn_from[:count])
+
+
+def _until_end(tokens: Sequence[int], end: frozenset[int]) -> int:
+    """How many tokens there are up to the first end token; nothing comes after it."""
+    return next((index + 1 for index, token in enumerate(tokens) if token in end), len(tokens))

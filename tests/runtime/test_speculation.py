@@ -1,0 +1,265 @@
+"""Speculation on real graphs: tiny random models as target and as drafter, the verify curve, exact mode."""
+
+import json
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import Forced, curve
+
+from dsopt.runtime import curve as curves
+from dsopt.runtime import load
+from dsopt.runtime.artifact import open_artifact
+from dsopt.runtime.curve import VerifyCurve, measure_curve, verify_curve
+from dsopt.runtime.drafters.choice import open_drafter, open_speculation
+from dsopt.runtime.drafters.model import ModelDrafter
+from dsopt.runtime.drafters.ngram import NgramDrafter
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.exact import check_exact, exact_cost, exact_widths
+from dsopt.runtime.files import cache_dir
+from dsopt.runtime.model import Model
+from dsopt.runtime.sampling import Sampler, Sampling
+from dsopt.runtime.session import Session
+from dsopt.runtime.speculate import Speculation
+from dsopt.runtime.state import load_state, save_state
+
+GREEDY = Sampling()
+PROMPTS = ["A", "naïve", "a b c a b c a b", "the cat the cat the"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_artifact: Path) -> Model:
+    return load(tiny_artifact)
+
+
+@pytest.fixture(scope="module")
+def other(compile_tiny: Callable[..., Path]) -> Model:
+    """Another random model with the same tokens, and half the context."""
+    return load(compile_tiny("none", seed=1, max_position_embeddings=128))
+
+
+def tokens(model: Model, prompt: str, speculation: Speculation | None = None, limit: int = 60, **options: float):
+    sampler = Sampler(Sampling(**{"seed": 7, **options}))  # type: ignore[arg-type]
+    stream = model.stream(model.encode(prompt), limit=limit, sampler=sampler, speculation=speculation)
+    return [piece.step.token for piece in stream], stream.result
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("options", [{}, {"repeat_penalty": 1.2}, {"temperature": 0.8}])
+def test_copied_drafts_change_no_token(model: Model, prompt: str, options: dict[str, float]) -> None:
+    speculation = Speculation(NgramDrafter(), Forced())
+    assert tokens(model, prompt, speculation, **options)[0] == tokens(model, prompt, **options)[0]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_a_drafter_like_the_target_is_always_right(model: Model, prompt: str) -> None:
+    drafter = ModelDrafter(model, model.session.vocab_size, GREEDY)
+    drafter._acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    got, result = tokens(model, prompt, Speculation(drafter, Forced()))
+    assert got == tokens(model, prompt)[0]
+    tally = result.speculation.tally
+    assert tally.accept_rate == 1
+    assert tally.mean_accepted_length > 3
+
+
+def test_another_model_drafts_and_keeps_nothing_of_what_was_rejected(model: Model, other: Model) -> None:
+    drafter = ModelDrafter(other, model.session.vocab_size, GREEDY)
+    drafter._acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    text = tokens(model, "A", limit=100)[0]
+    for drafted in (1, 4, 3, 7):
+        drafter.begin()
+        for start in range(0, 40, 5):
+            drafter.accept(text[start : start + 5], None)
+            got = drafter.draft(text[start + 5], drafted).tokens
+            fresh = tokens_after(other, text[: start + 6], drafted)
+            assert list(got) == fresh
+
+
+def tokens_after(model: Model, text: list[int], count: int) -> list[int]:
+    stream = model.stream(text, limit=count)
+    return [piece.step.token for piece in stream]
+
+
+def test_a_drafter_whose_context_is_full_has_no_idea(model: Model, other: Model) -> None:
+    drafter = ModelDrafter(other, model.session.vocab_size, GREEDY)
+    drafter._acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    drafter.accept(list(range(125)), None)
+    assert len(drafter.draft(1, 10).tokens) == 3  # positions 126, 127, 128
+    drafter.accept([1, 2, 3], None)
+    assert drafter.draft(4, 10).tokens == ()
+    got, _ = tokens(model, "A", Speculation(drafter, Forced()), limit=200)
+    assert got == tokens(model, "A", limit=200)[0]
+
+
+def test_drawn_drafts_come_with_what_they_were_drawn_from(model: Model, other: Model) -> None:
+    drafter = ModelDrafter(other, model.session.vocab_size + 5, Sampling(temperature=1.0, top_k=4, seed=3))
+    drafter._acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    drafter.accept([65, 66], None)
+    draft = drafter.draft(67, 5)
+    assert draft.distributions is not None
+    assert draft.distributions.shape == (5, model.session.vocab_size + 5)
+    np.testing.assert_allclose(draft.distributions.sum(1), 1)
+    assert ((draft.distributions > 0).sum(1) == 4).all()
+    assert all(q[token] > 0 for q, token in zip(draft.distributions, draft.tokens, strict=True))
+
+
+def test_a_sampled_answer_with_a_sampling_drafter_ends_well(model: Model, other: Model) -> None:
+    sampling = Sampling(temperature=1.0, seed=3)
+    speculation = Speculation(ModelDrafter(other, model.session.vocab_size, sampling), Forced())
+    got, result = tokens(model, "A", speculation, temperature=1.0)
+    assert len(got) == 60
+    assert result.finish_reason == "length"
+
+
+def test_a_stop_string_and_a_saved_state_within_a_block(model: Model, tmp_path: Path) -> None:
+    prompt = model.encode("A")
+    whole = [piece.step.token for piece in model.stream(prompt, limit=60)]
+    for cut in range(1, 12):
+        speculation = Speculation(ModelDrafter(model, model.session.vocab_size, GREEDY), Forced(cut))
+        stream = model.stream(prompt, limit=60, speculation=speculation)
+        head = [piece.step.token for piece in islice(stream, cut)]
+        save_state(tmp_path / "s", stream.state, model.artifact)  # while the block is half given out
+        state = load_state(tmp_path / "s", model.artifact, model.session.new_cache())
+        again = Speculation(NgramDrafter(), Forced(cut))
+        rest = model.stream(model.extend_text(state, ""), limit=60 - cut, state=state, speculation=again)
+        assert head + [piece.step.token for piece in rest] == whole
+        assert rest.result.cached_tokens == len(prompt) + cut - 1
+
+    text = "".join(piece.text for piece in model.stream(prompt, limit=60))
+    speculation = Speculation(ModelDrafter(model, model.session.vocab_size, GREEDY), Forced(2))
+    stream = model.stream(prompt, limit=60, stop=[text[9:12]], speculation=speculation)
+    assert "".join(piece.text for piece in stream) == text[: text.index(text[9:12])]
+    assert stream.result.finish_reason == "stop"
+
+
+def test_cancelling_ends_with_the_next_token_of_the_block(model: Model) -> None:
+    prompt = model.encode("A")
+    speculation = Speculation(ModelDrafter(model, model.session.vocab_size, GREEDY), Forced(1))
+    stream = model.stream(prompt, speculation=speculation)
+    head = list(islice(stream, 6))
+    stream.cancel()
+    assert len(head + list(stream)) == 7
+    assert stream.result.finish_reason == "interrupt"
+    assert stream.state.cache.length <= len(stream.state.tokens)
+
+
+@pytest.mark.parametrize("recipe", ["none", "int8", "int4-zp"])
+def test_exact_mode_is_the_same_bit_for_bit(compile_tiny: Callable[..., Path], recipe: str) -> None:
+    target = load(compile_tiny(recipe))
+    reference = open_speculation(target, "none", exact=True)
+    widths = reference.widths
+    for prompt in PROMPTS:
+        expected = list(target.stream(target.encode(prompt), limit=80, top=5, speculation=reference))
+        for seed in range(3):
+            speculation = Speculation(NgramDrafter(), Forced(seed), widths)
+            got = list(target.stream(target.encode(prompt), limit=80, top=5, speculation=speculation))
+            for a, b in zip(got, expected, strict=True):
+                assert (a.step.token, a.step.top) == (b.step.token, b.step.top)  # floats, compared exactly
+
+
+def test_exactness_needs_rows_that_do_not_mix(compile_tiny: Callable[..., Path]) -> None:
+    mixed = open_artifact(compile_tiny("w8a8"))
+    with pytest.raises(DsoptError, match=r"--exact: .* has \d+ w8a8 layers"):
+        check_exact(mixed)
+    assert open_speculation(load(mixed.directory), "ngram").widths == ()
+
+
+def test_widths_that_agree_are_taken_else_the_best_single_one() -> None:
+    seconds = (1.0, 1.03, 1.2, 1.4, 5.0, 9.0, 9.5, 9.9)
+    agreed = VerifyCurve(tuple(range(1, 9)), 0, seconds, 1, seconds, (2, 3, 8))
+    assert exact_widths(agreed) == (2, 3, 8)
+    assert exact_cost(agreed, (2, 3, 8)) == pytest.approx(0.03)
+    alone = VerifyCurve(tuple(range(1, 9)), 0, seconds, 1, seconds, (8,))
+    assert exact_widths(alone) == (4,)
+    assert exact_widths(curve(1.0, 1.5)) == (2,)
+
+
+def test_exactness_is_the_default_where_it_costs_little(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    for second, wanted in ((1.04, (2, 3)), (1.2, ())):
+        seconds = (1.0, second, 1.5)
+        known = VerifyCurve((1, 2, 3), 0, seconds, 1, seconds, (2, 3))
+        monkeypatch.setattr("dsopt.runtime.drafters.choice.verify_curve", lambda *_, known=known: known)
+        assert open_speculation(model, "ngram").widths == wanted
+        assert open_speculation(model, "ngram", exact=True).widths == (2, 3)
+        assert open_speculation(model, "ngram", exact=False).widths == ()
+        assert open_speculation(model, "none") is None
+
+
+def test_the_curve_is_measured_once_for_a_model_a_machine_and_its_threads(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    first = verify_curve(model.session, lambda: measured.append(1))
+    assert verify_curve(model.session, lambda: measured.append(2)) == first
+    assert measured == [1]
+    (path,) = (cache_dir() / "curves").iterdir()
+    for damage in (b"{", b"[]", json.dumps({"widths": [1]}).encode(), path.read_bytes().replace(b"[1,", b"[2,")):
+        path.write_bytes(damage)
+        verify_curve(model.session, lambda: measured.append(3))
+    assert measured == [1, 3, 3, 3, 3]
+    monkeypatch.setattr(model.session, "threads", 99)
+    verify_curve(model.session, lambda: measured.append(4))
+    assert measured[-1] == 4
+
+
+def test_the_curve_is_of_what_runs_take(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of n rows behind d tokens take 10 + n + n d / 1000 by this clock, and sometimes a lot more."""
+    now, runs = 0.0, 0
+    run = curves.Binding.run
+
+    def timed(self: curves.Binding, ids: np.ndarray, rows: int = 1, keep: int | None = None) -> np.ndarray:
+        nonlocal now, runs
+        runs += 1
+        now += 10 + len(ids) + len(ids) * self.cache.length / 1000 + 50 * (runs % 5 == 0)
+        return run(self, ids, rows, keep)
+
+    monkeypatch.setattr(curves.Binding, "run", timed)
+    monkeypatch.setattr(curves.time, "perf_counter", lambda: now)
+    measured = measure_curve(model.session, budget=1e9)
+    assert measured.widths[0] == 1
+    for width in (1, 2, 7, 16, 40):
+        for depth in (64, 100, 1000):
+            assert measured.seconds(width, depth) == pytest.approx(10 + width + width * depth / 1000, rel=1e-6)
+
+
+def test_drafters_are_named_or_refused(model: Model, compile_tiny: Callable[..., Path], tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    assert open_drafter("none", model, GREEDY) is None
+    assert isinstance(open_drafter("ngram", model, GREEDY), NgramDrafter)
+    assert isinstance(open_drafter("auto", model, GREEDY), NgramDrafter)
+    assert isinstance(open_drafter(str(model.artifact.directory), model, GREEDY), ModelDrafter)
+    with pytest.raises(DsoptError, match="--draft is what; it must be none, ngram, auto or the directory"):
+        open_drafter("what", model, GREEDY)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
+    strange = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
+    from tokenizers import decoders
+
+    strange.decoder = decoders.ByteLevel()
+    foreign = compile_tiny("none", tokenizer=strange)
+    with pytest.raises(DsoptError, match="its tokens are not those of") as caught:
+        open_drafter(str(foreign), model, GREEDY)
+    assert "\n" not in str(caught.value)
+
+
+def test_auto_takes_what_was_compiled_with_the_model(compile_tiny: Callable[..., Path]) -> None:
+    import shutil
+
+    target, draft = compile_tiny("none"), compile_tiny("int8")
+    shutil.copytree(draft, target / "draft-self")
+    manifest = json.loads((target / "dsopt.json").read_text())
+    (target / "dsopt.json").write_text(json.dumps({**manifest, "drafters": ["draft-self"]}))
+    model = load(target)
+    drafter = open_drafter("auto", model, GREEDY)
+    assert [type(part) for part in drafter._drafters] == [NgramDrafter, ModelDrafter]
+    got, result = tokens(model, "A", Speculation(drafter, Forced()))
+    assert got == tokens(model, "A")[0]
+    assert result.speculation.tally.accepted > 0
+
+
+def test_taps_that_the_graph_lacks_are_told(model: Model) -> None:
+    session: Session = model.session
+    with pytest.raises(DsoptError, match="has no output for layer 1, which the drafter reads; compile"):
+        session.bind(session.new_cache(), (1,))
