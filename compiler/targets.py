@@ -55,7 +55,6 @@ _FLOAT_OPERATORS = (
     "Slice",
     "Split",
     "Concat",
-    "AveragePool",
     "Sigmoid",
     "Mul",
     "Add",
@@ -78,7 +77,7 @@ TARGETS = {
             "CPUExecutionProvider",
             "cpu",
             {"fp32": ("none", "w8a8", *_NBITS)},
-            _operators("fp32"),
+            _operators("fp32") | {"AveragePool": ("fp32",)},
             largest_head=1 << 16,
         ),
         Target(

@@ -7,6 +7,7 @@ from dsopt.compiler.passes.lower_precision import FLOATS
 from dsopt.compiler.targets import Target
 from dsopt.runtime.errors import DsoptError
 
+_HINTS = {"AveragePool": ", which formats with -min need; int4-zp does without"}  # CUDA's goes through cuDNN
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
@@ -32,7 +33,8 @@ class CheckKernels(ir.passes.InPlacePass):
         if node.op_type == "Constant":  # no kernel anywhere: it becomes an initializer at load
             return
         if node.op_type not in target.operators:
-            raise DsoptError(f"{node.name}: {target.name} has no kernel for {node.op_type}")
+            hint = _HINTS.get(node.op_type, "")
+            raise DsoptError(f"{node.name}: {target.name} has no kernel for {node.op_type}{hint}")
         allowed = target.operators[node.op_type]
         if dtype is not None and allowed and dtype not in allowed:
             raise DsoptError(f"{node.name}: {target.name} has no kernel for {node.op_type} in {dtype}")

@@ -62,6 +62,16 @@ def test_rewinding_and_growing(session: Session) -> None:
     np.testing.assert_allclose(binding.run(IDS[44:48], 4), first[44:48], atol=0.05)
 
 
+def test_what_a_run_wrote_is_kept_in_parts(session: Session) -> None:
+    binding, plain = device_binding(session), device_binding(session)
+    wanted = logits(plain, [20, 4, 4])
+    binding.run(IDS[:20])
+    first = binding.run(IDS[20:24], 4, keep=1).copy()
+    assert binding.cache.length == 21
+    binding.cache.extend(3)
+    np.testing.assert_array_equal(np.concatenate([first, binding.run(IDS[24:28], 4)]), wanted[20:])
+
+
 def test_a_full_context_leaves_the_cache_as_it_was(session: Session) -> None:
     binding = device_binding(session)
     binding.run(IDS)
