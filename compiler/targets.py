@@ -31,6 +31,7 @@ class Target:
     linears: Mapping[str, tuple[str, ...]]
     operators: Mapping[str, tuple[str, ...]]
     largest_head: int  # values of an attention head
+    fuses_qk_norms: bool = False  # whether attention takes the norms of queries and keys
     caches: tuple[str, ...] = ("float",)  # of keys and values: float is the type of the rest
 
     @property
@@ -87,6 +88,7 @@ TARGETS = {
             {"fp16": ("none", "fp8", *_NBITS), "bf16": ("none", "fp8", *_NBITS)},
             _operators("fp16", "bf16"),
             largest_head=256,
+            fuses_qk_norms=True,
             caches=("float", "fp8"),
         ),
     )

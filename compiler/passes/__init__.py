@@ -3,6 +3,7 @@
 import onnx_ir as ir
 
 from dsopt.compiler.passes.emit_greedy import EmitGreedy
+from dsopt.compiler.passes.fuse_qk_norms import FuseQkNorms
 from dsopt.compiler.passes.fuse_skip_norms import FuseSkipNorms
 from dsopt.compiler.passes.lower_precision import LowerPrecision
 from dsopt.compiler.passes.normalize_linears import NormalizeLinears
@@ -25,6 +26,8 @@ def pipeline(
     `CheckKernels` looks at the result.
     """
     passes = [*CLEAN, QuantizeLinears(recipe, evidence), QuantizeEmbedding(recipe), *FUSE]
+    if target.fuses_qk_norms:
+        passes.append(FuseQkNorms())
     if recipe.dtype != "fp32":
         passes.append(LowerPrecision(recipe.dtype))
     if recipe.cache == "fp8":

@@ -46,6 +46,21 @@ def test_a_cuda_graph_is_of_one_float_type(plan_tiny: Plan, recipe: str, kernel:
         assert len([value for value in attention.inputs if value is not None]) == 7  # no bias: XQA and Flash refuse it
 
 
+def test_norms_of_q_and_k_go_into_attention(plan_tiny: Plan) -> None:
+    counts = {}
+    for target in ("cpu", "cuda"):
+        graph = plan_tiny("none", target=target, model_type="qwen3", rms_norm_eps=1e-6).model.graph
+        counts[target] = Counter(node.op_type for node in graph)
+    assert counts["cpu"] - counts["cuda"] >= Counter(RMSNormalization=4, Reshape=8, Split=2)
+    for index, attention in enumerate(node for node in graph if node.op_type == "GroupQueryAttention"):
+        packed, key, value = attention.inputs[:3]
+        assert (key, value) == (None, None)
+        assert packed.producer().op_type == "FusedMatMul"
+        names = [f"model.layers.{index}.self_attn.{part}_norm.weight" for part in "qk"]
+        assert [norm.name for norm in attention.inputs[14:16]] == names
+        assert attention.attributes["qk_norm_epsilon"].as_float() == pytest.approx(1e-6)
+
+
 def test_lowered_weights_are_the_rounded_ones(build_tiny: Callable[..., Any], tiny_llama_dir: Any) -> None:
     source = tiny_llama_dir("one")
     for dtype, kind in (("fp16", np.float16), ("bf16", ml_dtypes.bfloat16)):

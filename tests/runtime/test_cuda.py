@@ -131,10 +131,14 @@ class TestChoosing:
 
     @pytest.fixture
     def choose(self, compile_tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-        def make(asked: str, recipe: str, target: str = "cuda", reason: str | None = "libx.so.1 is missing") -> Any:
+        def make(
+            asked: str, recipe: str, target: str = "cuda", reason: str | None = "libx.so.1 is missing", **sizes: Any
+        ) -> Any:
             monkeypatch.setattr(devices, "missing_provider", lambda provider: reason)
             said: list[str] = []
-            return choose_device(asked, open_artifact(compile_tiny(recipe, target)).manifest, said.append), said
+            return choose_device(
+                asked, open_artifact(compile_tiny(recipe, target, **sizes)).manifest, said.append
+            ), said
 
         return make
 
@@ -158,6 +162,11 @@ class TestChoosing:
     def test_what_the_cpu_cannot_run(self, choose: Callable[..., Any], recipe: str, what: str, asked: str) -> None:
         with pytest.raises(DsoptError, match=f"no {what} kernels .* compile it with --target cpu"):
             choose(asked, recipe)
+
+    def test_qwen3_norms_in_attention_are_of_cuda_only(self, choose: Callable[..., Any]) -> None:
+        with pytest.raises(DsoptError, match="no norms-in-attention kernels"):
+            choose("auto", "none", model_type="qwen3")
+        assert choose("auto", "none", "cpu", model_type="qwen3") == ("cpu", [])
 
     def test_a_model_for_the_cpu_stays_there(self, choose: Callable[..., Any]) -> None:
         assert choose("auto", "none", "cpu", reason=None) == ("cpu", [])
