@@ -1,5 +1,6 @@
 """dsopt compile: a checkpoint to an optimized ONNX directory, whose path is printed."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -9,15 +10,20 @@ import typer
 
 from dsopt.cli.models import BUILT_IN, check_overwrite, default_directory, remember_last
 from dsopt.cli.progress import note, progress_bar
+from dsopt.runtime.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from dsopt.compiler.build import Plan
     from dsopt.compiler.checkpoint import Checkpoint
+    from dsopt.compiler.compress import Study
     from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
     from dsopt.compiler.pruning.options import Pruning
     from dsopt.compiler.recipe import Recipe
+    from dsopt.compiler.search import Goal
+
+DEFAULT_LOSS = "0.01"
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,24 @@ class Order:
     dtype: str | None = None
     prune: str = "none"
     draft: str | None = None
+    loss: str = DEFAULT_LOSS
+    size: str | None = None
+    workload: str = "chat"
+    calib: Path | None = None
+    allow_miss: bool = False
+    report: Path | None = None
+
+    def __post_init__(self) -> None:
+        searching = (self.loss, self.size, self.workload, self.calib) != (DEFAULT_LOSS, None, "chat", None)
+        if (searching or self.allow_miss or self.report) and not self.searches:
+            raise UsageError(
+                "a search is asked for, but --quant, --prune, --draft or --target leaves nothing to search"
+            )
+
+    @property
+    def searches(self) -> bool:
+        """Whether formats are chosen by measurement rather than by the recipe."""
+        return self.quant == "auto" and self.prune == "none" and self.draft is None and self.target != "cuda"
 
 
 def compile_command(
@@ -52,14 +76,27 @@ def compile_command(
     draft: Annotated[
         str | None, typer.Option(help="Drafter to compile beside MODEL: a checkpoint of DeepSpec, directory or hub id.")
     ] = None,
+    loss: Annotated[
+        str, typer.Option("--max-quality-loss", help="What auto may lose: nats (KL divergence), or N% of perplexity.")
+    ] = DEFAULT_LOSS,
+    size: Annotated[str | None, typer.Option("--max-size", help="What auto may weigh: 105MB.", metavar="SIZE")] = None,
+    workload: Annotated[
+        str, typer.Option("--for", help="What auto makes fast: chat, prefill, batch, speculative.")
+    ] = "chat",
+    calib: Annotated[
+        Path | None, typer.Option(help="Text or JSON lines to calibrate auto on. [default: the model's own]")
+    ] = None,
+    allow_miss: Annotated[bool, typer.Option("--allow-miss", help="Keep the best build though it loses more.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Write what auto found as an HTML page.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a compiled model that is in the way.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be done and its size, as JSON.")] = False,
 ) -> None:
     """Compile MODEL and print the path of the result.
 
-    A model compiled before with the same recipe from the same files is not compiled again.
+    With --quant auto the kernel of each layer is chosen on this machine: the fastest mix that loses no more than allowed,
+    as measured on text that was not calibrated on. A model compiled before with the same recipe from the same files is not compiled again.
     """
-    order = Order(quant, target, dtype, prune, draft)
+    order = Order(quant, target, dtype, prune, draft, loss, size, workload, calib, allow_miss, report)
     if plan:
         _print_plan(model, order)
         return
@@ -72,15 +109,71 @@ def compile_model(model: str, out: Path | None = None, order: Order | None = Non
     directory = out.absolute() if out else job.directory
     if not job.is_done(directory) or force:
         check_overwrite(directory, force=force)
-        from dsopt.compiler import build  # torch: two seconds that a wrong call need not wait for
-
-        note(f"exporting {job.checkpoint.source.name}")
-        plan = job.plan()
-        _note_rates(plan.manifest.pruning)
-        with progress_bar("writing weights") as progress:
-            build.write(plan, directory, progress=progress)
+        if job.goal is None:
+            _build(job, directory)
+        else:
+            _search(job, job.goal, directory)
+    if job.order.report:
+        _write_report(directory, job.order.report)
     remember_last(directory)
     return directory
+
+
+def _build(job: "_Job", directory: Path) -> None:
+    from dsopt.compiler import build  # torch: two seconds that a wrong call need not wait for
+
+    note(f"exporting {job.checkpoint.source.name}")
+    plan = job.plan()
+    _note_rates(plan.manifest.pruning)
+    with progress_bar("writing weights") as progress:
+        build.write(plan, directory, progress=progress)
+
+
+def _search(job: "_Job", goal: "Goal", directory: Path) -> None:
+    from dsopt.compiler.compress import compress
+
+    compress(
+        job.checkpoint,
+        _study(job, goal),
+        goal,
+        directory,
+        job.text,
+        allow_miss=job.order.allow_miss,
+        stage=_stage,
+        report=note,
+    )
+
+
+def _study(job: "_Job", goal: "Goal") -> "Study":
+    from dsopt.compiler.compress import study
+    from dsopt.compiler.corpus import read_windows, self_windows
+
+    if job.order.calib:
+        windows = read_windows(job.order.calib, job.checkpoint)
+    else:
+        with _stage("writing text") as progress:
+            windows = self_windows(job.checkpoint, progress)
+    return study(job.checkpoint, windows, goal, _stage)
+
+
+@contextmanager
+def _stage(label: str) -> "Iterator[Callable[[int, int], None]]":
+    note(label)
+    with progress_bar(label, count=label != "writing weights") as progress:
+        yield progress
+
+
+def _write_report(directory: Path, path: Path) -> None:
+    from dsopt.compiler.report import render
+    from dsopt.runtime.artifact import open_artifact
+    from dsopt.runtime.errors import DsoptError
+    from dsopt.runtime.files import write_atomically
+
+    page = render(open_artifact(directory).manifest).encode()
+    try:
+        write_atomically(path, page, parents=False)
+    except OSError as error:
+        raise DsoptError(f"{path}: cannot be written ({error.strerror}); choose another --report") from error
 
 
 @dataclass(frozen=True)
@@ -92,6 +185,8 @@ class _Job:
     target: str
     pruning: "Pruning"
     drafter: "DraftCheckpoint | None"
+    order: Order
+    goal: "Goal | None"  # of a search
 
     @classmethod
     def open(cls, model: str, order: Order) -> "_Job":
@@ -100,15 +195,26 @@ class _Job:
 
         target, recipe = _target_and_recipe(order)
         pruning = Pruning.parse(order.prune)
+        goal = None
+        if order.searches and target == "cpu":
+            from dsopt.compiler.search import Goal
+
+            goal = Goal.parse(order.loss, order.size, order.workload)
         checkpoint = open_checkpoint(model, progress=note)
-        return cls(checkpoint, recipe, target, pruning, _open_drafter(order.draft))
+        return cls(checkpoint, recipe, target, pruning, _open_drafter(order.draft), order, goal)
 
     @property
     def text(self) -> str:
         """What the manifest will say was done."""
         from dsopt.compiler.pruning.options import full_text
 
-        return full_text(self.recipe.text, self.pruning)
+        if self.goal is None:
+            return full_text(self.recipe.text, self.pruning)
+        words = ["auto", f"loss={self.order.loss}", f"for={self.order.workload}"]
+        words += [f"size={self.order.size}"] if self.order.size else []
+        if self.order.calib:
+            words.append(f"calib={_digest(self.order.calib)}")
+        return ",".join(words)
 
     @property
     def directory(self) -> Path:
@@ -158,6 +264,16 @@ def _target_and_recipe(order: Order) -> "tuple[str, Recipe]":
     return target, recipe.with_dtype(chosen.check_dtype(order.dtype or recipe.said_dtype))
 
 
+def _digest(path: Path) -> str:
+    from dsopt.runtime.errors import DsoptError
+    from dsopt.runtime.files import sha256_file
+
+    try:
+        return sha256_file(path)[:8]
+    except OSError as error:
+        raise DsoptError(f"{path} could not be read ({error.strerror}); --calib names a text file") from error
+
+
 def _open_drafter(draft: str | None) -> "DraftCheckpoint | None":
     if draft is None:
         return None
@@ -177,7 +293,11 @@ def _note_rates(pruning: "Mapping[str, Any] | None") -> None:
 def _print_plan(model: str, order: Order) -> None:
     import json
 
-    made = _Job.open(model, order).plan()
+    job = _Job.open(model, order)
+    if job.goal is not None:
+        _print_choice(job, job.goal)
+        return
+    made = job.plan()
     manifest = made.manifest
     report = {
         "name": manifest.name,
@@ -190,3 +310,12 @@ def _print_plan(model: str, order: Order) -> None:
         "linears": [dict(node) for node in manifest.nodes],
     }
     print(json.dumps(report, indent=1))
+
+
+def _print_choice(job: _Job, goal: "Goal") -> None:
+    """What a search would build first, by its estimates, and what else there is."""
+    import json
+
+    from dsopt.compiler.compress import preview
+
+    print(json.dumps(preview(_study(job, goal), goal), indent=1))

@@ -21,6 +21,7 @@ from dsopt.compiler.passes.check_kernels import CheckKernels
 from dsopt.compiler.passes.prune_blocks import PruneBlocks
 from dsopt.compiler.passes.prune_features import PruneFeatures
 from dsopt.compiler.passes.quantize_linears import Evidence, module_name
+from dsopt.compiler.passes.smooth_linears import SmoothLinears
 from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
 from dsopt.compiler.probe import probed
 from dsopt.compiler.pruning.account import describe_pruning
@@ -30,6 +31,7 @@ from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabular
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import find_linears
 from dsopt.compiler.self_text import Calibrate, default_windows
+from dsopt.compiler.smoothing import Scales
 from dsopt.compiler.weights import Weight
 from dsopt.runtime.artifact import Manifest
 from dsopt.runtime.errors import DsoptError
@@ -62,6 +64,7 @@ def plan(
     draft: DraftCheckpoint | None = None,
     target: str = "cpu",
     evidence: Evidence | None = None,
+    smoothing: Scales | None = None,
     calibrate: Calibrate = default_windows,
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
@@ -104,6 +107,8 @@ def plan(
         nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
         pruned = describe_pruning(pruning.text, before, nodes, cuts, vocabulary.record if vocabulary else {})
     sizes = _sizes(model, config)
+    if smoothing:
+        SmoothLinears(smoothing)(model)
     for step in passes[len(CLEAN) :]:
         step(model)
     CheckKernels(chosen)(model)

@@ -24,7 +24,7 @@ from dsopt.runtime.files import cache_dir
 Progress = Callable[[int, int], None]  # layers done, layers in all
 
 _VERSION = 1  # of what is computed: another makes older files strangers
-_KEPT = 8  # windows whose hidden states stay, for what is measured on fewer tokens
+SAMPLE = 4  # windows, the first ones, whose hidden states stay: for what is measured on fewer tokens
 _BATCH = 4  # windows run through a block together: bounds the memory of its activations
 # Linear layers that read the same input: only the first's is kept.
 _READS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -46,10 +46,14 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a sweep left behind. `windows` int64 [windows, tokens] are the text it was done on."""
+    """What a sweep left behind. `windows` int64 [windows, tokens] are the text it was done on.
+
+    The last `held` of them are in no statistic: what is made by these statistics is judged on those.
+    """
 
     directory: Path
     windows: np.ndarray
+    held: int
     depth: int
 
     def input(self, module: str) -> InputStatistics:
@@ -61,10 +65,14 @@ class Statistics:
         return _input(self.directory, layer, f"{path}.{_READS.get(leaf, leaf)}")
 
     def hidden(self, layer: int) -> Tensor:
-        """The input of a block, or after the last one of the final norm: float32 [windows, tokens, width].
+        """The input of a block, or after the last one of the final norm: float32 [SAMPLE, tokens, width]."""
+        return self._hidden(layer)[:SAMPLE]
 
-        Of the first windows only.
-        """
+    def held_out(self) -> tuple[np.ndarray, Tensor]:
+        """The windows held out [held, tokens] and their last hidden states, float32 [held, tokens, width]."""
+        return self.windows[-self.held :], self._hidden(self.depth)[-self.held :]
+
+    def _hidden(self, layer: int) -> Tensor:
         with safe_open(_file(self.directory, layer), "pt") as file:
             return file.get_tensor("hidden")
 
@@ -75,20 +83,24 @@ def _input(directory: Path, layer: int, name: str) -> InputStatistics:
         return InputStatistics(*(file.get_tensor(f"{name}.{part}") for part in ("absmax", "mean", "gram")))
 
 
-def fingerprint(source: str, windows: np.ndarray) -> str:
+def fingerprint(source: str, windows: np.ndarray, held: int) -> str:
     """Of a checkpoint (its SHA-256) and a text: what statistics depend on."""
     text = hashlib.sha256(np.ascontiguousarray(windows, np.int64).tobytes()).hexdigest()
-    return hashlib.sha256(f"{_VERSION} {source} {windows.shape} {text}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{_VERSION} {source} {windows.shape} {held} {text}".encode()).hexdigest()[:32]
 
 
-def calibrate(stream: BlockStream, windows: np.ndarray, progress: Progress = lambda done, total: None) -> Statistics:
-    """Sweep the model over windows of ids int64 [windows, tokens], each from an empty context.
+def calibrate(
+    stream: BlockStream, windows: np.ndarray, held: int, progress: Progress = lambda done, total: None
+) -> Statistics:
+    """Sweep the model over windows of ids int64 [windows, tokens], each from an empty context; the last `held` are
+    run, but kept out of the statistics.
 
-    On disk: for each layer the Gram matrices of its inputs and its hidden states, in float32.
+    On disk: for each layer the Gram matrices of its inputs and a few hidden states, in float32.
     """
-    directory = cache_dir() / "statistics" / fingerprint(stream.checkpoint.source.sha256, windows)
+    assert len(windows) >= SAMPLE + held
+    directory = cache_dir() / "statistics" / fingerprint(stream.checkpoint.source.sha256, windows, held)
     directory.mkdir(parents=True, exist_ok=True)
-    found = Statistics(directory, windows, stream.depth)
+    found = Statistics(directory, windows, held, stream.depth)
     first = next((layer for layer in range(stream.depth) if not _is_complete(directory, layer)), stream.depth)
     with torch.inference_mode():
         if first == 0:
@@ -107,19 +119,23 @@ def _sweep_block(stream: BlockStream, found: Statistics, layer: int) -> None:
 
     Killed between the two, a resumption finds the next layer begun and this one without statistics: it looks for that.
     """
-    hidden, block = found.hidden(layer), stream.block(layer)
+    hidden, block = found._hidden(layer), stream.block(layer)
+    known = len(hidden) - found.held
     sums = _Sums()
     with observed(block, f"model.layers.{layer}.", sums.add):
-        outputs = [block(part, *stream.state(*part.shape[:2]))[0] for part in hidden.split(_BATCH)]
+        outputs = [block(part, *stream.state(*part.shape[:2]))[0] for part in hidden[:known].split(_BATCH)]
+    outputs += [block(part, *stream.state(*part.shape[:2]))[0] for part in hidden[known:].split(_BATCH)]
     _keep(found.directory, layer + 1, {"hidden": torch.cat(outputs)})
-    _keep(found.directory, layer, {"hidden": hidden[:_KEPT], **sums.statistics()})
+    _keep(found.directory, layer, {"hidden": hidden[:SAMPLE], **sums.statistics()})
 
 
 def _sweep_head(stream: BlockStream, found: Statistics) -> None:
-    hidden, sums = found.hidden(stream.depth), _Sums()
-    for window in hidden:
-        sums.add(HEAD, stream.norm()(window), window)
-    _keep(found.directory, stream.depth, {"hidden": hidden[:_KEPT], **sums.statistics()})
+    hidden, sums, norm = found._hidden(found.depth), _Sums(), stream.norm()
+    known = len(hidden) - found.held
+    for window in hidden[:known]:
+        sums.add(HEAD, norm(window), window)
+    kept = torch.cat([hidden[:SAMPLE], hidden[known:]])
+    _keep(found.directory, stream.depth, {"hidden": kept, **sums.statistics()})
 
 
 def _is_complete(directory: Path, layer: int) -> bool:

@@ -53,7 +53,7 @@ class BlockStream:
         """The norm before the head."""
         return self._filled(lambda model: model.model.norm, "model.norm.")
 
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Sequential:
         """Final norm and head: hidden states [..., width] -> logits [..., vocab]."""
         name = "lm_head.weight" if "lm_head.weight" in self.checkpoint.tensors else "model.embed_tokens.weight"
         linear = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, device="meta")

@@ -54,6 +54,7 @@ class Manifest:
     quality: Mapping[str, Any] | None = None  # measured loss against the checkpoint
     speed: Mapping[str, Any] | None = None
     profile: Mapping[str, Any] | None = None  # kernel times of the machine it was made for
+    search: Mapping[str, Any] | None = None  # goal, rounds and what else could have been chosen
     pruning: Mapping[str, Any] | None = None  # what was removed: text, layers kept, steps, divergence after the repair
     drafters: tuple[str, ...] = ()  # directories in this one
     taps: tuple[int, ...] = ()  # layers whose outputs the graph gives, for drafters that read them

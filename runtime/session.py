@@ -17,7 +17,9 @@ from dsopt.runtime.kv import CACHE_TYPES, CacheType, KvCache, LayerShape
 
 Logits = NDArray[np.float32]
 _FEW = 64  # runs of so few rows keep what is bound for their shape: decoding and verification alternate widths
-PREFILL_CHUNK = 512  # rows a run at most: bounds the activations' memory, large enough for full matrix speed
+# Rows a run at most. Attention over a chunk does not look at the half of the score matrix that a mask would hide: 512
+# tokens in four chunks take a fifth less time than in one, and matrix kernels are as fast at 128 rows as at 512.
+PREFILL_CHUNK = 128
 
 
 def default_threads() -> int:

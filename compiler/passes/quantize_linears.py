@@ -1,6 +1,7 @@
 """FusedMatMul -> the operator of the format that the recipe gives each linear layer's role."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import ml_dtypes
@@ -9,6 +10,7 @@ import onnx_ir as ir
 import torch
 
 from dsopt.compiler.calibrate import InputStatistics
+from dsopt.compiler.checkpoint import Tensor
 from dsopt.compiler.gguf import GgufTensor
 from dsopt.compiler.gguf_blocks import counterpart, repack
 from dsopt.compiler.gptq import inverse_factor, round_weights
@@ -24,6 +26,7 @@ from dsopt.compiler.quantizers import (
 )
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import Linear, find_linears
+from dsopt.compiler.smoothing import Scaled
 from dsopt.compiler.weights import Shared, Weight, initializer, lazy
 
 _GPTQ_ROWS = 768  # rounded together: enough rows to hide the loop over channels, few enough for the cache
@@ -115,9 +118,21 @@ def _lazy_parts(graph: ir.Graph, name: str, form: Format, size: tuple[int, int],
     ]
 
 
-def is_exact(weight: Weight, form: Format) -> bool:
-    """Whether `form` holds the weight as the checkpoint does, code for code."""
-    return isinstance(weight.tensor, GgufTensor) and counterpart(weight.tensor.dtype) == form
+def is_exact(tensor: Tensor, form: Format) -> bool:
+    """Whether `form` holds the weight as the checkpoint does, code for code; multiplied rows change scales only."""
+    if isinstance(tensor, Scaled):
+        return tensor.columns is None and is_exact(tensor.source, form)
+    return isinstance(tensor, GgufTensor) and counterpart(tensor.dtype) == form
+
+
+def _repacked(tensor: Tensor, start: int, stop: int) -> Blocks:
+    if isinstance(tensor, Scaled):
+        made = _repacked(tensor.source, start, stop)
+        assert tensor.rows is not None
+        rows = torch.from_numpy(tensor.rows[start:stop])[:, None]
+        return replace(made, scales=made.scales * rows, rest=None if made.rest is None else made.rest * rows)
+    assert isinstance(tensor, GgufTensor)
+    return repack(tensor, start, stop)
 
 
 def _block_codes(
@@ -134,7 +149,7 @@ def _block_codes(
         codes[start:stop], scales[start:stop] = pack(made.codes), made.scales.numpy()
         zeros[start:stop] = pack(made.zero_points)
 
-    if evidence is not None and form.bits < 8 and not is_exact(weight, form):
+    if evidence is not None and form.bits < 8 and not is_exact(weight.tensor, form):
         factor = inverse_factor(evidence().gram, form.block)
 
         def work(start: int, stop: int) -> None:
@@ -151,9 +166,8 @@ def _fed_back(weight: Weight, start: int, stop: int, factor: torch.Tensor, form:
 
 
 def _rounded(weight: Weight, start: int, stop: int, form: Format) -> Blocks:
-    if is_exact(weight, form):
-        assert isinstance(weight.tensor, GgufTensor)
-        return repack(weight.tensor, start, stop)
+    if is_exact(weight.tensor, form):
+        return _repacked(weight.tensor, start, stop)
     rows = torch.from_numpy(weight.read(start, stop))
     if form.minima:
         return quantize_minima(rows, form.bits, form.block)

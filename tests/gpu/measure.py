@@ -5,13 +5,15 @@
 
 One JSON object a row on stdout; progress and the bars, met or missed, on stderr. `roofline` is the time in which the
 card copies as many bytes as a step must read (weights, head, the cache so far), by the time the step took: 1 is the
-best there can be. Bandwidth is that of a large copy, reads and writes counted.
+best there can be. Bandwidth is that of a large copy, reads and writes counted. ORT_FPA_INTB_GEMM=0 in the environment
+turns CUTLASS's kernels for 4 and 8 bits off; the first row says which way it was.
 """
 
 import argparse
 import gc
 import itertools
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -86,7 +88,7 @@ def _measure(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     bandwidth = copy_bandwidth(options.device, (64 << 20) if options.tiny else (4 << 30))
     device = gpu_name() if options.device == "cuda" else cpu_name()
     yield {"what": "copy", "device": device, "bytes_per_second": bandwidth, "onnxruntime": ort.__version__,
-           "torch": torch.__version__}  # fmt: skip
+           "torch": torch.__version__, "fpa_intb": os.environ.get("ORT_FPA_INTB_GEMM", "1")}  # fmt: skip
     for name in options.models.split(","):
         source = write_checkpoint(name, scratch / name)
         for recipe in options.recipes.split(";"):

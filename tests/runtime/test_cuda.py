@@ -215,6 +215,14 @@ class TestOnTheCard:
                 logits(session.bind(session.new_cache()), split), reference, atol=tolerance, err_msg=str(split)
             )
 
+    def test_norms_inside_attention(self, compile_tiny: Callable[..., Path]) -> None:
+        qwen = {**SIZES, "model_type": "qwen3", "num_attention_heads": 4}
+        plain = Session(open_artifact(compile_tiny("none", **qwen)))
+        session = Session(open_artifact(compile_tiny("none", "cuda", **qwen)), device="cuda")
+        wanted = logits(plain.bind(plain.new_cache()), [60])
+        for split in SPLITS:
+            np.testing.assert_allclose(logits(session.bind(session.new_cache()), split), wanted, atol=0.05)
+
     @pytest.mark.parametrize("recipe", ["none", "int4", "none,dtype=bf16"])
     def test_replay_is_the_plain_run(self, compile_tiny: Callable[..., Path], recipe: str) -> None:
         artifact = open_artifact(compile_tiny(recipe, "cuda", **SIZES))

@@ -1,0 +1,249 @@
+"""From a checkpoint and a goal to the artifact that meets it: calibrate, price, time, choose, build, measure."""
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsopt.compiler import build, package
+from dsopt.compiler.calibrate import Statistics, calibrate
+from dsopt.compiler.chains import Body
+from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.corpus import HELD
+from dsopt.compiler.kernel_table import KernelTable
+from dsopt.compiler.profile import measure
+from dsopt.compiler.recipe import HEAD, Format, Recipe
+from dsopt.compiler.search import (
+    WORKLOADS,
+    Assignment,
+    Goal,
+    Option,
+    Round,
+    formats_of,
+    options,
+    pareto,
+    search,
+    solve,
+)
+from dsopt.compiler.sensitivity import sweep_back
+from dsopt.compiler.sites import FORMATS, Pricer, Site, price_head
+from dsopt.compiler.stream import BlockStream
+from dsopt.runtime.artifact import Manifest, open_artifact
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.quality import Comparison, session_scorer
+from dsopt.runtime.session import Session
+
+Progress = Callable[[int, int], None]
+Stage = Callable[[str], AbstractContextManager[Progress]]
+"""Opens a progress bar with a label."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that is known of a model on this machine before anything is chosen."""
+
+    statistics: Statistics
+    sites: list[Site]
+    table: KernelTable
+    head: torch.nn.Module
+
+    def options(self, goal: Goal) -> list[list[Option]]:
+        return options(self.sites, self.table, goal.workload)
+
+
+def no_stage(_label: str) -> AbstractContextManager[Progress]:
+    return nullcontext(lambda done, total: None)
+
+
+def study(checkpoint: Checkpoint, windows: np.ndarray, goal: Goal, stage: Stage = no_stage) -> Study:
+    """Statistics, prices and times. `windows` int64 [windows, tokens]; the last HELD are kept for judging."""
+    stream = BlockStream(checkpoint)
+    config = stream.config
+    with stage("calibrating") as progress:
+        statistics = calibrate(stream, windows, HELD, progress)
+    pricer = Pricer(checkpoint, statistics, config.num_attention_heads, config.num_key_value_heads)
+    with stage("pricing errors") as progress:
+        sweep_back(stream, statistics, pricer, progress=progress)
+    head = stream.head()
+    with torch.inference_mode():
+        sites = [*pricer.sites, price_head(checkpoint, head, statistics, FORMATS)]
+    with stage("timing kernels") as progress:
+        table = _table(sites, config, goal, progress)
+    return Study(statistics, sites, table, head)
+
+
+def _table(sites: list[Site], config: Any, goal: Goal, progress: Progress) -> KernelTable:
+    shapes = list(dict.fromkeys((site.n, site.k) for site in sites))
+    rows = sorted({1, 4, 8, 128, *WORKLOADS[goal.workload]} - {5})
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    body = Body(config.hidden_size, config.intermediate_size, heads, kv_heads, config.head_dim)
+    forms = list(dict.fromkeys(choice.format for site in sites for choice in site.prices))
+    return measure(shapes, rows, forms, body=body, progress=progress)
+
+
+def compress(
+    checkpoint: Checkpoint,
+    found: Study,
+    goal: Goal,
+    out: Path,
+    text: str,
+    *,
+    allow_miss: bool = False,
+    stage: Stage = no_stage,
+    report: Callable[[str], None] = lambda line: None,
+) -> Manifest:
+    """Search, and put the best artifact at `out`; `text` is what its manifest calls the recipe.
+
+    Raises DsoptError where no build kept the budget, unless `allow_miss`: then the one that came nearest is kept.
+    """
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{out.name}.partial-{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=out.parent) as folder:
+        builds: dict[int, Path] = {}
+
+        def try_out(made: Assignment) -> float:
+            builds[id(made)] = place = Path(folder) / str(len(builds))
+            _build(checkpoint, found, made, place, text, stage)
+            with stage("measuring the loss") as progress:
+                loss = judge(found, place, progress)[goal.quantity]
+            report(_said(made, loss, place))
+            return loss
+
+        size = goal.size and goal.size - _fixed_bytes(checkpoint, found)
+        best, rounds = search(found.sites, found.options(goal), dataclasses.replace(goal, size=size), try_out)
+        if best is None and not allow_miss:
+            nearest = min(rounds, key=lambda r: r.measured)
+            raise DsoptError(
+                f"the loss of the best of {len(rounds)} builds is {nearest.measured:.4f} nats, more than "
+                f"{goal.loss:g}; raise --max-quality-loss, or keep it with --allow-miss"
+            )
+        best = best or min(rounds, key=lambda r: r.measured)
+        return _take(builds[id(best.assignment)], out, found, goal, best, rounds)
+
+
+def preview(found: Study, goal: Goal) -> dict[str, Any]:
+    """What a search would build first, by its estimates, choice by choice; and the other points of the curve."""
+    offered = found.options(goal)
+    made = solve(found.sites, offered, goal.loss, goal.size)
+    return {
+        "goal": dataclasses.asdict(goal),
+        "first": made and _point(made) | {"choices": {name: str(choice) for name, choice in made.choices.items()}},
+        "pareto": [_point(point) for point in pareto(found.sites, offered)],
+    }
+
+
+def _said(made: Assignment, loss: float, place: Path) -> str:
+    size = open_artifact(place).size / 1e6
+    counts = ", ".join(f"{count} {form}" for form, count in _counted(made).items())
+    return f"{size:.1f} MB, loss {loss:.4f} nats (expected {made.loss:.4f}): {counts}"
+
+
+def _counted(made: Assignment) -> dict[str, int]:
+    forms = [str(choice.format) for choice in made.choices.values()]
+    return {form: forms.count(form) for form in dict.fromkeys(forms)}
+
+
+def _build(checkpoint: Checkpoint, found: Study, made: Assignment, out: Path, text: str, stage: Stage) -> None:
+    recipe = Recipe(text, Format("nbits", 8, 32), modules=formats_of(found.sites, made))
+    scales = {
+        site.name: site.scales[alpha] for site in found.sites if (alpha := made.choices[site.name].alpha) is not None
+    }
+    plan = build.plan(checkpoint, recipe, evidence=found.statistics.input, smoothing=scales)
+    with stage("writing weights") as progress:
+        build.write(plan, out, progress=progress)
+
+
+def judge(found: Study, directory: Path, progress: Progress = lambda done, total: None) -> dict[str, float]:
+    """The quantities of `dsopt compare` on the windows held out, against the float32 model."""
+    windows, hidden = found.statistics.held_out()
+    score, comparison = session_scorer(Session(open_artifact(directory))), Comparison()
+    for number, (ids, states) in enumerate(zip(windows, hidden, strict=True), 1):
+        first = len(ids) // 4  # with some context before them
+        with torch.inference_mode():
+            base = found.head(states).numpy()
+        comparison.add(base[first:-1], score(ids, len(ids))[first:-1], ids[first + 1 :])
+        progress(number, len(windows))
+    return comparison.summary()
+
+
+def _take(place: Path, out: Path, found: Study, goal: Goal, best: Round, rounds: list[Round]) -> Manifest:
+    """Complete the manifest, and let the build take its place."""
+    made = open_artifact(place).manifest
+    quality = judge(found, place)
+    kept = ("tokens", "kld_mean", "kld_mean_err", "kld_p99", "ppl_ratio", "ppl_ratio_err", "same_top_p")
+    manifest = dataclasses.replace(
+        made,
+        nodes=tuple(_described(made.nodes, found.sites, best.assignment)),
+        quality={name: quality[name] for name in kept},
+        profile=found.table.to_json(),
+        search=_record(found, goal, best, rounds),
+    )
+    with package.written_aside(out) as aside:
+        for name in manifest.files:
+            (place / name).rename(aside / name)
+        package.seal(aside, manifest)
+    package.remember_hashes(out, manifest.files)
+    return manifest
+
+
+def _described(
+    nodes: tuple[Mapping[str, Any], ...], sites: list[Site], made: Assignment
+) -> Iterator[Mapping[str, Any]]:
+    """Each node with what was chosen for its site and what that is expected to cost."""
+    sites_by_module = {module: site for site in sites for module in site.modules}
+    for node in nodes:
+        site = sites_by_module.get(HEAD if node["role"] == "head" else node["name"])
+        if site is None or node["role"] == "embed":
+            yield node
+            continue
+        choice = made.choices[site.name]
+        yield {**node, "smoothing": choice.alpha, "site": site.name, "loss": site.prices[choice]}
+
+
+def _record(found: Study, goal: Goal, best: Round, rounds: list[Round]) -> dict[str, Any]:
+    curve = pareto(found.sites, found.options(goal))
+    return {
+        "goal": dataclasses.asdict(goal),
+        "rounds": [_point(r.assignment) | {"measured": r.measured, "chosen": r is best} for r in rounds],
+        "pareto": [_point(made) for made in curve],
+        "uniform": {str(form): _point(made) for form in FORMATS if (made := _uniform(found, goal, form)) is not None},
+    }
+
+
+def _point(made: Assignment) -> dict[str, Any]:
+    return {"loss": made.loss, "seconds": made.seconds, "bytes": made.nbytes, "formats": _counted(made)}
+
+
+def _uniform(found: Study, goal: Goal, form: Format) -> Assignment | None:
+    """The fixed recipe: one format everywhere (the head's as near as it has it), unsmoothed."""
+    picked: list[Option] = []
+    for site in found.sites:
+        alone = dataclasses.replace(site, prices={c: p for c, p in site.prices.items() if c.alpha is None})
+        offered = options([alone], found.table, goal.workload)[0]
+        same = [option for option in offered if option.choice.format == form]
+        if not same and site.layer is not None:
+            return None
+        picked += same or offered[:1]
+    pairs = zip(found.sites, picked, strict=True)
+    return Assignment(
+        {site.name: option.choice for site, option in pairs},
+        sum(option.loss for option in picked),
+        sum(option.seconds for option in picked),
+        sum(option.nbytes for option in picked),
+    )
+
+
+def _fixed_bytes(checkpoint: Checkpoint, found: Study) -> int:
+    """Of an artifact's graph and weights, what no choice changes: norms, rotary tables, the graph itself."""
+    config = BlockStream(checkpoint).config
+    norms = sum(4 * tensor.shape[0] for tensor in checkpoint.tensors.values() if len(tensor.shape) == 1)
+    tables = 4 * config.max_position_embeddings * config.head_dim
+    return norms + tables + 2500 * len(found.sites) + (1 << 16)

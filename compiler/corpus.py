@@ -1,0 +1,80 @@
+"""The text to calibrate on: a user's file, or what the model writes itself; in windows of token ids."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from dsopt.compiler.calibrate import SAMPLE
+from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.files import cache_dir
+from dsopt.runtime.tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
+
+TOKENS = 256  # of a window
+WINDOWS = 40  # at most, of which
+HELD = 8  # are kept for judging
+_VERSION = 1
+
+
+def read_windows(path: Path, checkpoint: Checkpoint) -> np.ndarray:
+    """A text, or JSON lines with `prompt` or `text`: int64 [windows, TOKENS], from places spread over all of it.
+
+    Raises DsoptError when it cannot be read or is too short.
+    """
+    tokenizer = Tokenizer.from_bytes(checkpoint.files["tokenizer.json"], checkpoint.source.path / "tokenizer.json")
+    ids = tokenizer.encode(_text(path), special=False)
+    size = min(TOKENS, int(checkpoint.config["max_position_embeddings"]))
+    count = len(ids) // size
+    least = SAMPLE + HELD
+    if count < least:
+        raise DsoptError(f"{path}: has {len(ids)} tokens; --calib needs {least * size}, and uses {WINDOWS * size}")
+    cut = np.asarray(ids[: count * size], np.int64).reshape(count, size)
+    if count <= WINDOWS:
+        return cut
+    return cut[np.linspace(0, count - 1, WINDOWS).round().astype(int)]
+
+
+def _text(path: Path) -> str:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DsoptError(f"{path} could not be read ({error.strerror}); --calib names a UTF-8 text file") from error
+    except UnicodeDecodeError as error:
+        raise DsoptError(f"{path} is not UTF-8 text (byte {error.start}); convert it") from error
+    return "\n\n".join(_lines(path, content)) if path.suffix == ".jsonl" else content
+
+
+def _lines(path: Path, content: str) -> list[str]:
+    texts = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            texts.append(str(entry["prompt"] if "prompt" in entry else entry["text"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DsoptError(f"{path}, line {number}: no JSON object with prompt or text ({error!r})") from error
+    return texts
+
+
+def self_windows(checkpoint: Checkpoint, progress: Progress = lambda done, total: None) -> np.ndarray:
+    """What the model writes itself, kept in the cache by its fingerprint; int64 [WINDOWS, TOKENS]."""
+    size = min(TOKENS, int(checkpoint.config["max_position_embeddings"]))
+    key = hashlib.sha256(f"{_VERSION} {checkpoint.source.sha256} {WINDOWS} {size}".encode()).hexdigest()[:32]
+    path = cache_dir() / "texts" / f"{key}.npy"
+    if path.exists():
+        return np.asarray(np.load(path, allow_pickle=False), np.int64)
+    from dsopt.compiler.reference import Reference
+    from dsopt.compiler.self_text import write_windows
+
+    windows = np.stack(write_windows(Reference(checkpoint), WINDOWS, size, progress=progress))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".partial.npy")
+    np.save(aside, windows)
+    aside.replace(path)
+    return windows

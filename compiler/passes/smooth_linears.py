@@ -1,0 +1,73 @@
+"""Scales of input channels folded into weights: what makes x is divided, what reads it is multiplied.
+
+norm(x) * g         ->  norm(x) * (g / s)        before q, k, v and before gate, up
+v = x V^T           ->  x (V / s)^T              before o: the context is a mean of values, channel by channel
+silu(gate) * (x U^T) -> silu(gate) * (x (U / s)^T)   before down
+y = x W^T           ->  x (W s)^T
+"""
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from dsopt.compiler.roles import Linear, find_linears
+from dsopt.compiler.smoothing import Scales, repeat_channels, scale
+from dsopt.compiler.weights import Weight
+
+_READERS = {"q": ("q", "k", "v"), "o": ("o",), "gate": ("gate", "up"), "down": ("down",)}
+_MAKERS = {"o": "v", "down": "up"}
+
+
+class SmoothLinears(ir.passes.InPlacePass):
+    """`scales` by module name of the first reader; of o_proj one value for each channel of v_proj's outputs."""
+
+    def __init__(self, scales: Scales) -> None:
+        super().__init__()
+        self.scales = scales
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        layers: dict[int | None, dict[str, Linear]] = {}
+        for linear in find_linears(model.graph):
+            layers.setdefault(linear.layer, {})[linear.role] = linear
+        found = 0
+        for linears in layers.values():
+            for first, readers in _READERS.items():
+                scales = self.scales.get(linears[first].name) if first in linears else None
+                if scales is not None:
+                    self._fold(linears, first, [linears[role] for role in readers], scales.float())
+                    found += 1
+        assert found == len(self.scales), "scales for a layer that is not there"
+        return ir.passes.PassResult(model, modified=bool(found))
+
+    def _fold(self, linears: dict[str, Linear], first: str, readers: list[Linear], scales: torch.Tensor) -> None:
+        maker = _MAKERS.get(first)
+        _multiply(linears[maker].weight if maker else _norm(readers), rows=(1 / scales).numpy())
+        if first == "o":
+            scales = repeat_channels(scales, *_heads(readers[0]))
+        for reader in readers:
+            _multiply(reader.weight, columns=scales.numpy())
+
+
+def _multiply(value: ir.Value, *, rows: np.ndarray | None = None, columns: np.ndarray | None = None) -> None:
+    assert isinstance(value.const_value, Weight), value.name
+    value.const_value = Weight(scale(value.const_value.tensor, rows=rows, columns=columns), str(value.name))
+
+
+def _norm(readers: list[Linear]) -> ir.Value:
+    """The weight of the norm whose output all readers read, and nobody else."""
+    x = readers[0].node.inputs[0]
+    assert x is not None
+    node = x.producer()
+    assert node is not None
+    assert {use.node for use in x.uses()} == {reader.node for reader in readers}, "a norm that others read too"
+    weight = node.inputs[1]
+    assert weight is not None
+    return weight
+
+
+def _heads(output: Linear) -> tuple[int, int]:
+    """Query heads and key-value heads of the attention before an output projection."""
+    context = output.node.inputs[0]
+    attention = context.producer() if context is not None else None
+    assert attention is not None
+    return attention.attributes["num_heads"].as_int(), attention.attributes["kv_num_heads"].as_int()

@@ -1,0 +1,224 @@
+"""The fastest choice for each site whose losses, summed, stay within a budget: a knapsack, solved exactly.
+
+Losses are estimates and add up only nearly, so what was chosen is built and measured, the estimates are scaled by what
+they missed, and the choice is made again; the best that held the budget wins. Sizes come in by a price on bytes.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dsopt.compiler.kernel_table import KernelTable
+from dsopt.compiler.recipe import Format
+from dsopt.compiler.sites import Choice, Site
+from dsopt.runtime.errors import DsoptError, UsageError
+
+# How often a layer runs with how many rows, for one use: a prompt of 512 tokens and 128 of answer; a prompt; eight
+# sequences at once; rounds that verify four drafted tokens.
+WORKLOADS = {"chat": {1: 128, 128: 4}, "prefill": {128: 1}, "batch": {8: 1}, "speculative": {5: 3, 1: 1}}
+ROUNDS = 3
+_BINS = 4000  # of the budget; a loss is rounded up to the next
+_PRICINGS = 24  # bisections of the price on bytes
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is wanted. `loss` in nats a token, `size` in bytes or None, `workload` a name of WORKLOADS.
+
+    `quantity` is what the loss is measured by: `kld_mean`, or `ln_ppl_ratio`, which on text that the model wrote itself
+    has the same expectation.
+    """
+
+    loss: float
+    size: int | None = None
+    workload: str = "chat"
+    quantity: str = "kld_mean"
+
+    @classmethod
+    def parse(cls, loss: str, size: str | None, workload: str) -> "Goal":
+        """`0.01` nats of KL divergence or `2%` of perplexity; `105MB`, `1.2GB`. Raises UsageError."""
+        match = re.fullmatch(r"(\d*\.?\d+(?:e-?\d+)?)\s*(%?)", loss)
+        if match is None:
+            raise UsageError(f"--max-quality-loss is {loss!r}; nats, as 0.01, or per cent of perplexity, as 2%")
+        value = float(match[1])
+        if match[2]:
+            return cls(math.log1p(value / 100), _bytes(size), workload, "ln_ppl_ratio")
+        return cls(value, _bytes(size), workload)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.loss < 100:
+            raise UsageError(
+                f"--max-quality-loss is {self.loss:g}; nats above 0, such as 0.01, or per cent, such as 2%"
+            )
+        if self.workload not in WORKLOADS:
+            raise UsageError(f"--for is {self.workload!r}; it must be one of {', '.join(WORKLOADS)}")
+
+
+def _bytes(size: str | None) -> int | None:
+    if size is None:
+        return None
+    match = re.fullmatch(r"(\d*\.?\d+)\s*(kB|MB|GB)", size)
+    if match is None or not float(match[1]):
+        raise UsageError(f"--max-size is {size!r}; a number with kB, MB or GB, as 105MB")
+    return int(float(match[1]) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[match[2]])
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A choice for each site, by the site's name; expected loss in nats, seconds of the workload, bytes."""
+
+    choices: dict[str, Choice]
+    loss: float
+    seconds: float
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Option:
+    choice: Choice
+    loss: float
+    seconds: float
+    nbytes: int
+
+
+def options(sites: Sequence[Site], table: KernelTable, workload: str) -> list[list[Option]]:
+    """What can be chosen at each site, without what is worse than another in loss, time and size alike."""
+    return [_undominated([_option(site, choice, table, workload) for choice in site.prices]) for site in sites]
+
+
+def _option(site: Site, choice: Choice, table: KernelTable, workload: str) -> Option:
+    head = site.layer is None
+    # The head computes one row of a prompt, and all of a step that verifies.
+    counts = {1 if head and rows >= 128 else rows: count for rows, count in WORKLOADS[workload].items()}
+    seconds = sum(count * table.time(site.n, site.k, choice.format, rows) for rows, count in counts.items())
+    return Option(choice, site.prices[choice], seconds, choice.format.nbytes(site.n, site.k))
+
+
+def _undominated(found: list[Option]) -> list[Option]:
+    def is_worse(a: Option, b: Option) -> bool:
+        sides = (a.loss, a.seconds, a.nbytes), (b.loss, b.seconds, b.nbytes)
+        return sides[0] != sides[1] and all(x >= y for x, y in zip(*sides, strict=True))
+
+    return [a for a in found if not any(is_worse(a, b) for b in found)]
+
+
+def solve(
+    sites: Sequence[Site], found: Sequence[Sequence[Option]], loss: float, size: int | None = None
+) -> Assignment | None:
+    """The fastest assignment of at most `loss` and `size`; None where there is none."""
+    best = _assign(sites, found, loss, 0.0)
+    if size is None or best is None or best.nbytes <= size:
+        return best
+    smallest = _assign(sites, found, loss, 1e6)
+    if smallest is None or smallest.nbytes > size:
+        return None
+    low, high, best = 0.0, 1e6, smallest
+    for step in range(_PRICINGS):  # seconds a byte; geometric, once a price is known to be too high
+        price = 1e-9 if step == 0 else (low + high) / 2 if low else high / 30
+        tried = _assign(sites, found, loss, price)
+        if tried is not None and tried.nbytes <= size:
+            high, best = price, min(best, tried, key=lambda a: a.seconds)
+        else:
+            low = price
+    return best
+
+
+def _assign(sites: Sequence[Site], found: Sequence[Sequence[Option]], loss: float, price: float) -> Assignment | None:
+    """By dynamic programming over the budget in bins: the least seconds + price x bytes for each loss so far."""
+    least = np.zeros(_BINS + 1)
+    picks: list[NDArray[np.int64]] = []
+    for offered in found:
+        costs = np.full((len(offered), _BINS + 1), np.inf)
+        for row, option in zip(costs, offered, strict=True):
+            bins = _bins(option, loss)
+            if bins <= _BINS:
+                row[bins:] = least[: _BINS + 1 - bins] + option.seconds + price * option.nbytes
+        pick = costs.argmin(0)
+        least = costs[pick, np.arange(_BINS + 1)]
+        picks.append(pick)
+    if not np.isfinite(least[_BINS]):
+        return None
+    chosen, left = [], _BINS
+    for offered, pick in zip(reversed(found), reversed(picks), strict=True):
+        chosen.append(offered[pick[left]])
+        left -= _bins(chosen[-1], loss)
+    chosen.reverse()
+    return Assignment(
+        {site.name: option.choice for site, option in zip(sites, chosen, strict=True)},
+        sum(option.loss for option in chosen),
+        sum(option.seconds for option in chosen),
+        sum(option.nbytes for option in chosen),
+    )
+
+
+def _bins(option: Option, loss: float) -> int:
+    return int(np.ceil(min(option.loss / loss, 2) * _BINS - 1e-9))
+
+
+def pareto(sites: Sequence[Site], found: Sequence[Sequence[Option]], points: int = 24) -> list[Assignment]:
+    """The fastest assignment for budgets from the least loss that there is to where more loss buys nothing."""
+    least = sum(min(option.loss for option in offered) for offered in found)
+    fastest = sum(min(offered, key=lambda option: option.seconds).loss for offered in found)
+    curve: list[Assignment] = []
+    for budget in np.geomspace(max(1.02 * least, 1e-6), max(1.05 * fastest, 1.1 * least, 2e-6), points):
+        made = solve(sites, found, float(budget))
+        if made is not None and (not curve or made.seconds < curve[-1].seconds):
+            curve.append(made)
+    return curve
+
+
+@dataclass(frozen=True)
+class Round:
+    """One build: what was expected of it, and its measured loss in nats a token."""
+
+    assignment: Assignment
+    measured: float
+
+
+def search(
+    sites: Sequence[Site],
+    found: Sequence[Sequence[Option]],
+    goal: Goal,
+    measure: Callable[[Assignment], float],
+) -> tuple[Round | None, list[Round]]:
+    """Build and `measure` at most ROUNDS assignments; the fastest within the goal, or None, and all rounds.
+
+    Raises DsoptError when no assignment is expected to fit.
+    """
+    rounds: list[Round] = []
+    ratio = 1.0
+    for _ in range(ROUNDS):
+        made = solve(sites, found, goal.loss / ratio, goal.size)
+        if made is None and not rounds:
+            # Estimates may be too high: try the least loss that fits the size, and let the measurement decide.
+            made = _gentlest(sites, found, goal)
+        if made is None or any(made.choices == before.assignment.choices for before in rounds):
+            break
+        rounds.append(Round(made, measure(made)))
+        last = rounds[-1]
+        if 0.9 * goal.loss <= last.measured <= goal.loss:
+            break
+        # Aim a little inside: the next choice has errors of its own.
+        ratio = max(last.measured, 1e-6) / max(last.assignment.loss, 1e-9) / 0.97
+    fitting = [r for r in rounds if r.measured <= goal.loss]
+    return min(fitting, key=lambda r: r.assignment.seconds, default=None), rounds
+
+
+def _gentlest(sites: Sequence[Site], found: Sequence[Sequence[Option]], goal: Goal) -> Assignment:
+    budget = goal.loss
+    for _ in range(20):
+        budget *= 1.6
+        made = solve(sites, found, budget, goal.size)
+        if made is not None:
+            return made
+    limit = f" in {goal.size / 1e6:.0f} MB" if goal.size else ""
+    raise DsoptError(f"no choice of kernels loses as little as {goal.loss:g} nats{limit}; allow more")
+
+
+def formats_of(sites: Sequence[Site], assignment: Assignment) -> dict[str, Format]:
+    """The format of each module."""
+    return {module: assignment.choices[site.name].format for site in sites for module in site.modules}

@@ -1,0 +1,173 @@
+"""Where a choice is to be made, what can be chosen, and what each choice costs in quality.
+
+A site is an input and the linear layers that read it: q, k, v of a layer are one, gate and up are one, for they run as
+one packed kernel. A choice is a weight format and, for kernels that quantize activations by the tensor, the exponent of a
+smoothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dsopt.compiler.calibrate import InputStatistics, Statistics
+from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.gptq import inverse_factor, round_weights
+from dsopt.compiler.passes.quantize_linears import is_exact
+from dsopt.compiler.quantizers import Blocks, for_row_chunks, quantize_blocks, quantize_columns, quantize_minima
+from dsopt.compiler.recipe import HEAD, Format
+from dsopt.compiler.sensitivity import Observed
+from dsopt.compiler.smoothing import column_maxima, repeat_channels, shared_channels, smoothing_scales
+from dsopt.runtime.session import PREFILL_CHUNK
+
+FORMATS = tuple(Format.parse(text) for text in ("w8a8", "int8", "int4-min", "int4-zp"))
+ALPHAS = (0.5, 0.65, 0.8)
+_GROUPS = {"q_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",), "gate_proj": ("gate_proj", "up_proj"),
+           "down_proj": ("down_proj",)}  # fmt: skip
+_ROWS = 768  # of a matrix that GPTQ rounds at a time
+
+
+@dataclass(frozen=True)
+class Choice:
+    format: Format
+    alpha: float | None = None
+
+    def __str__(self) -> str:
+        return str(self.format) if self.alpha is None else f"{self.format} smoothed {self.alpha:g}"
+
+
+@dataclass
+class Site:
+    """`name` is the first module's; `prices` in nats a token (KL divergence); `scales` by alpha, of the smoothings."""
+
+    name: str
+    modules: tuple[str, ...]
+    layer: int | None
+    n: int
+    k: int
+    prices: dict[Choice, float] = field(default_factory=dict)
+    scales: dict[float, Tensor] = field(default_factory=dict)
+
+
+class Pricer:
+    """Prices the sites of each layer as a sweep back passes it (`sensitivity.sweep_back` calls it)."""
+
+    def __init__(self, checkpoint: Checkpoint, statistics: Statistics, heads: int, kv_heads: int) -> None:
+        self.checkpoint, self.statistics, self.heads = checkpoint, statistics, (heads, kv_heads)
+        self.sites: list[Site] = []
+
+    def __call__(self, layer: int, seen: dict[str, Observed]) -> None:
+        with torch.inference_mode():
+            made = [self._site(layer, first, seen) for first in _GROUPS]
+        self.sites[:0] = made  # the sweep goes back, the list goes forth
+
+    def _site(self, layer: int, first: str, seen: dict[str, Observed]) -> Site:
+        modules = [module for leaf in _GROUPS[first] for module in seen if module.endswith(f".{leaf}")]
+        linears = [seen[module] for module in modules]
+        k = linears[0].x.shape[1]
+        site = Site(modules[0], tuple(modules), layer, sum(linear.w.shape[0] for linear in linears), k)
+        inputs = self.statistics.input(site.name)
+        for form in FORMATS:
+            if form.kernel == "w8a8":
+                self._price_smoothed(site, linears, inputs, form)
+            elif k % form.block == 0:
+                exact = [self._is_exact(module, form) for module in modules]
+                weights = _rounded(linears, exact, form, inputs)
+                x = quantize_activations(linears[0].x, form.block)
+                price = sum(seen.cost(x @ w.T) for seen, w in zip(linears, weights, strict=True))
+                site.prices[Choice(form)] = price
+        return site
+
+    def _is_exact(self, module: str, form: Format) -> bool:
+        return is_exact(self.checkpoint.tensors[f"{module}.weight"], form)
+
+    def _price_smoothed(self, site: Site, linears: list[Observed], inputs: InputStatistics, form: Format) -> None:
+        maxima = column_maxima([linear.w for linear in linears])
+        site.prices[Choice(form)] = _dynamic(linears, torch.ones_like(maxima))
+        absmax = inputs.absmax
+        is_context = site.name.endswith("o_proj")
+        if is_context:
+            absmax, maxima = shared_channels(absmax, *self.heads), shared_channels(maxima, *self.heads)
+        for alpha in ALPHAS:
+            scales = smoothing_scales(absmax, maxima, alpha)
+            whole = repeat_channels(scales, *self.heads) if is_context else scales
+            site.scales[alpha] = scales
+            site.prices[Choice(form, alpha)] = _dynamic(linears, whole)
+
+
+def price_head(
+    checkpoint: Checkpoint, head: torch.nn.Sequential, statistics: Statistics, formats: Sequence[Format]
+) -> Site:
+    """The head's site, priced by the divergence itself: its outputs are the logits."""
+    norm, linear = head
+    assert isinstance(linear, torch.nn.Linear)
+    x = norm(statistics.hidden(statistics.depth)[:, ::4]).flatten(0, 1)
+    w = linear.weight
+    log_p = (x @ w.T).log_softmax(-1)
+    site = Site(HEAD, (HEAD,), None, *w.shape)
+    name = "lm_head.weight" if "lm_head.weight" in checkpoint.tensors else "model.embed_tokens.weight"
+    for form in formats:
+        if form.kernel != "nbits" or form.minima or w.shape[1] % form.block:
+            continue
+        seen = [Observed(x, w, x, x)]
+        rounded = _rounded(seen, [is_exact(checkpoint.tensors[name], form)], form, statistics.input(HEAD))[0]
+        log_q = (quantize_activations(x, form.block) @ rounded.T).log_softmax(-1)
+        site.prices[Choice(form)] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    return site
+
+
+def quantize_activations(x: Tensor, block: int) -> Tensor:
+    """What MatMulNBits at accuracy level 4 makes of activations [T, K]: int8, a scale for each block of each row."""
+    blocks = x.unflatten(1, (-1, block))
+    scales = (blocks.abs().amax(2, keepdim=True) / 127).clamp_min(1e-30)
+    return ((blocks / scales).round() * scales).flatten(1)
+
+
+def _dynamic(linears: list[Observed], scales: Tensor) -> float:
+    """The price of DynamicQuantizeMatMul on x / scales: uint8 with one scale and zero point for a chunk of rows."""
+    parts = []
+    for rows in (linears[0].x / scales).split(PREFILL_CHUNK):
+        low, high = rows.amin().clamp_max(0), rows.amax().clamp_min(0)
+        step = ((high - low) / 255).clamp_min(1e-30)
+        zero = (-low / step).round()
+        parts.append(((rows / step).round() + zero).clamp(0, 255).sub(zero) * step)
+    x = torch.cat(parts)
+    price = 0.0
+    for linear in linears:
+        codes, steps = quantize_columns(linear.w * scales)
+        price += linear.cost(x @ (codes.float() * steps[:, None]).T)
+    return price
+
+
+def _rounded(linears: list[Observed], exact: list[bool], form: Format, inputs: InputStatistics) -> list[Tensor]:
+    """The weights as the format will hold them, float32 [N, K] each; GPTQ rounds all that read one input at once."""
+    if all(exact):
+        return [linear.w for linear in linears]
+    w = torch.cat([linear.w for linear in linears])
+    out = torch.empty_like(w)
+    if form.bits < 8:
+        factor = inverse_factor(inputs.gram, form.block)
+
+        def work(start: int, stop: int) -> None:
+            out[start:stop] = _values(round_weights(w[start:stop], factor, form), w.shape[1])
+    else:
+
+        def work(start: int, stop: int) -> None:
+            out[start:stop] = _values(_nearest(w[start:stop], form), w.shape[1])
+
+    for_row_chunks(len(w), w.shape[1], work, _ROWS)
+    return list(out.split([len(linear.w) for linear in linears]))
+
+
+def _nearest(w: Tensor, form: Format) -> Blocks:
+    if form.minima:
+        return quantize_minima(w, form.bits, form.block)
+    return quantize_blocks(w, form.bits, form.block, zero_points=form.zero_points)
+
+
+def _values(made: Blocks, width: int) -> Tensor:
+    values = made.scales[..., None] * (made.codes.float() - made.zero_points.float()[..., None])
+    if made.rest is not None:
+        values = values + made.rest[..., None]
+    return values.flatten(1)[:, :width]
