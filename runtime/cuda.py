@@ -125,14 +125,9 @@ class DeviceBinding(Binding):
     def run(self, ids: NDArray[np.int64], rows: int = 1, keep: int | None = None) -> Logits:
         """Append ids int64 [n]; returns logits float32 [rows, vocab] of the last `rows` of them.
 
-<<<<<<< HEAD
         With a cache of several sequences ids are [batch, n] and logits [batch * rows, vocab]. The array may be
         overwritten by the next run. With `keep` only so many of the positions written become valid now, more by
         `KvCache.extend`. Raises DsoptError when the context is full; on any failure the cache is as before.
-=======
-        With `keep` only so many of the positions written become valid now, more by `KvCache.extend`. Raises
-        DsoptError when the context is full; on any failure the cache is as before.
->>>>>>> main
         """
         return self._advance(ids, rows, keep).outputs["logits"].numpy().reshape(-1, self._vocab)
 

@@ -79,7 +79,7 @@ def test_roles_are_proved_through_the_head_norms(plan_tiny: Callable[..., Any], 
             seen.append([(one.role, one.name.rpartition(".")[2]) for one in find_linears(model.graph)])
             return ir.passes.PassResult(model, modified=False)
 
-    monkeypatch.setattr(build, "pipeline", lambda _: [*passes.CLEAN, Look()])
+    monkeypatch.setattr(build, "pipeline", lambda *_: [*passes.CLEAN, Look()])
     plan_tiny("none", **QWEN, tied=False)
     parts = ["q", "k", "v", "o", "gate", "up", "down"]
     expected = Counter({(part, f"{part}_proj"): 2 for part in parts}) + Counter([("head", "lm_head")])
