@@ -21,6 +21,7 @@ from dsopt.runtime.kv import CacheType, KvCache, LayerShape
 from dsopt.runtime.session import Binding, Logits
 
 CAPTURED = 16  # rows of a step at most that replays as a graph: decode and verify, not prefill
+DEVICE_CHUNK = 2048  # rows of a prompt's chunk: a card is not filled by those that are best for a processor
 _NOT_CAPTURED = "-1"
 
 
@@ -105,6 +106,7 @@ class DeviceBinding(Binding):
     `captured`: steps of at most that many rows replay as CUDA graphs; 0 is none.
     """
 
+    chunk = DEVICE_CHUNK
     _graphs = itertools.count(1)  # ids of captured graphs, unique in a process
 
     def __init__(

@@ -31,8 +31,9 @@ def prefill(binding: Binding, tokens: Sequence[int], drafter: Drafter | None = N
     ids = np.asarray(tokens, np.int64)
     binding.cache.reserve(binding.cache.length + len(ids))
     logits = None
-    for start in range(0, len(ids), PREFILL_CHUNK):
-        chunk = ids[start : start + PREFILL_CHUNK]
+    size = getattr(binding, "chunk", None) or PREFILL_CHUNK
+    for start in range(0, len(ids), size):
+        chunk = ids[start : start + size]
         logits = binding.run(chunk)
         if drafter is not None:
             drafter.accept(chunk.tolist(), binding.hidden)
@@ -82,8 +83,9 @@ def _decode_picks(binding: Binding, prompt: Sequence[int], limit: int, end: froz
     ids = np.asarray(prompt[cache.length :], np.int64)
     cache.reserve(cache.length + len(ids))
     token = -1
-    for start in range(0, len(ids), PREFILL_CHUNK):
-        token = int(binding.pick(ids[start : start + PREFILL_CHUNK])[-1])
+    size = binding.chunk or PREFILL_CHUNK
+    for start in range(0, len(ids), size):
+        token = int(binding.pick(ids[start : start + size])[-1])
     for count in range(1, limit + 1):
         yield Step(token)
         if token in end or count == limit:

@@ -140,6 +140,7 @@ class Binding:
     """
 
     picks = False  # whether `pick` spares the transfer of the logits
+    chunk: int | None = None  # rows of a prompt that a run should have at most, where PREFILL_CHUNK is not the best
 
     def __init__(
         self, session: ort.InferenceSession, cache: KvCache, vocab_size: int, taps: Mapping[str, int] | None = None

@@ -39,7 +39,7 @@ from dsopt.runtime.artifact import Artifact, open_artifact
 from dsopt.runtime.cuda import DeviceBinding, DeviceCache
 from dsopt.runtime.devices import missing_provider
 from dsopt.runtime.machine import cpu_name, gpu_name
-from dsopt.runtime.session import PREFILL_CHUNK, Session
+from dsopt.runtime.session import Session
 
 Row = dict[str, Any]
 WIDTH = 8  # rows of the verify step
@@ -168,8 +168,8 @@ def measure_prompt(session: Session, tokens: int) -> float:
     for _ in range(4):
         binding.cache.trim(0)
         start = time.perf_counter()
-        for first in range(0, tokens, PREFILL_CHUNK):
-            binding.pick(ids[first : first + PREFILL_CHUNK])
+        for first in range(0, tokens, binding.chunk):
+            binding.pick(ids[first : first + binding.chunk])
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -181,8 +181,9 @@ def measure_steps(session: Session, batch: int, depth: int, tokens: int, width: 
     cache.reserve(depth + tokens + 4 * width)
     if depth:  # one call: with several sequences only a first prompt may have many rows
         ids = random.integers(0, 256, (batch, depth))
-        for start in range(0, depth, PREFILL_CHUNK if batch == 1 else depth):
-            binding.pick(ids[:, start : start + (PREFILL_CHUNK if batch == 1 else depth)])
+        chunk = binding.chunk if batch == 1 else depth
+        for start in range(0, depth, chunk):
+            binding.pick(ids[:, start : start + chunk])
     feed = random.integers(0, 256, (batch, width))
     times = []
     for index in range(tokens + 3):  # a run, the capture, a first replay

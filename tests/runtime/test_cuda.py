@@ -101,6 +101,17 @@ def test_decoding_by_picks_is_greedy_decoding(session: Session) -> None:
     assert binding.cache.length == 9
 
 
+def test_a_device_takes_larger_chunks_of_a_prompt(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    widths: list[int] = []
+    binding = device_binding(session)
+    advance = binding._advance
+    monkeypatch.setattr(binding, "_advance", lambda ids, *rest: widths.append(len(ids)) or advance(ids, *rest))
+    for sampling in (Sampling(), Sampling(temperature=1, seed=1)):
+        binding.cache.trim(0)
+        list(decode(binding, [1] * 400, choose=Sampler(sampling), limit=2))
+    assert widths == [400, 1] * 2
+
+
 def test_sampling_gets_its_logits(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     binding = device_binding(session)
     monkeypatch.setattr(binding, "pick", None)  # whoever calls it fails
