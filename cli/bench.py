@@ -187,6 +187,7 @@ def _setting(session: "Session") -> dict[str, Any]:
 
     import onnxruntime
 
+    from dsopt.runtime.cuda import DEVICE_CHUNK
     from dsopt.runtime.machine import cpu_name, gpu_name
     from dsopt.runtime.session import PREFILL_CHUNK
 
@@ -202,8 +203,8 @@ def _setting(session: "Session") -> dict[str, Any]:
         "model_type": f"{manifest.family} {_rounded(parameters)} {manifest.recipe}",
         "model_size": artifact.size,
         "model_n_params": parameters,
-        "n_batch": PREFILL_CHUNK,
-        "n_ubatch": PREFILL_CHUNK,
+        "n_batch": DEVICE_CHUNK if gpu else PREFILL_CHUNK,
+        "n_ubatch": DEVICE_CHUNK if gpu else PREFILL_CHUNK,
         "n_threads": session.threads,
         "type_k": session.cache_type,
         "type_v": session.cache_type,

@@ -1,6 +1,7 @@
 """dsopt compare: what a compiled model lost, against the model it was made from or another version of it."""
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,18 +127,20 @@ def _open(name: str) -> _Model:
 
 
 def _open_compiled(name: str, path: Path) -> _Model:
+    from dsopt.runtime.devices import choose_device
     from dsopt.runtime.quality import session_scorer
     from dsopt.runtime.session import Session
     from dsopt.runtime.tokenizer import Tokenizer
 
     artifact = open_artifact(path)
     sizes = artifact.manifest.model
+    device = choose_device("auto", artifact.manifest, lambda line: print(line, file=sys.stderr))
     return _Model(
         name,
         sizes["vocab_size"],
         sizes["context_length"],
         Tokenizer.load(path),
-        lambda threads: session_scorer(Session(artifact, threads=threads)),
+        lambda threads: session_scorer(Session(artifact, threads=threads, device=device)),
     )
 
 

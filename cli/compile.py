@@ -77,9 +77,7 @@ def compile_command(
     ] = "none",
     draft: Annotated[
         str | None,
-        typer.Option(
-            help="Drafter beside MODEL: self (a pruned copy), or a DeepSpec directory or hub id."
-        ),
+        typer.Option(help="Drafter beside MODEL: self (a pruned copy), or a DeepSpec directory or hub id."),
     ] = None,
     loss: Annotated[
         str, typer.Option("--max-quality-loss", help="What auto may lose: nats (KL divergence), or N% of perplexity.")

@@ -188,27 +188,27 @@ def _bind_weights(model: ir.Model, checkpoint: Checkpoint, *, tied: bool) -> Non
 
 def _describe_weights(model: ir.Model, recipe: Recipe, *, tied: bool) -> list[dict[str, Any]]:
     """An entry a matrix: each linear layer, and the embedding (0 bytes where it is stored as the head)."""
-    linears = find_linears(model.graph)
-    nodes = [_entry(x.name, x.role, x.layer, x.size, recipe.format(x.role, module_name(x))) for x in linears]
-    vocab, width = linears[-1].size
-    embedding = recipe.embedding(width)
-    nodes.append(_entry("model.embed_tokens", "embed", None, (vocab, width), embedding))
+    linears, width = find_linears(model.graph), recipe.float_bytes
+    nodes = [_entry(x.name, x.role, x.layer, x.size, recipe.format(x.role, module_name(x)), width) for x in linears]
+    vocab, hidden = linears[-1].size
+    embedding = recipe.embedding(hidden)
+    nodes.append(_entry("model.embed_tokens", "embed", None, (vocab, hidden), embedding, width))
     if tied and embedding == recipe.format("head", HEAD):
         nodes[-1]["bytes"] = 0
     return nodes
 
 
-def _entry(name: str, role: str, layer: int | None, size: tuple[int, int], form: Format) -> dict[str, Any]:
+def _entry(name: str, role: str, layer: int | None, size: tuple[int, int], form: Format, width: int) -> dict[str, Any]:
     name = "lm_head" if role == "head" else name
     return {"name": name, "role": role, "layer": layer, "shape": list(size), "format": str(form),
-            "bytes": form.nbytes(*size)}  # fmt: skip
+            "bytes": form.nbytes(*size, width)}  # fmt: skip
 
 
 def _with_rows(node: dict[str, Any], recipe: Recipe, vocab: int) -> dict[str, Any]:
     """A node's entry, the head's as if its vocabulary were `vocab`."""
     if node["role"] != "head":
         return node
-    return {**node, "bytes": recipe.format("head", HEAD).nbytes(vocab, node["shape"][1])}
+    return {**node, "bytes": recipe.format("head", HEAD).nbytes(vocab, node["shape"][1], recipe.float_bytes)}
 
 
 def _sizes(model: ir.Model, config: Any) -> dict[str, int]:

@@ -21,13 +21,13 @@ from dsopt.runtime.machine import cpu_name, gpu_name
 from dsopt.runtime.session import Session, default_threads
 
 ROWS = (1, 2, 4, 8, 16, 128, 512)
-FORMATS = ("none", "int4", "int4-zp", "int4-b64", "int4-b128", "int8", "int8-b64", "w8a8")
+FORMATS = ("none", "int4", "int4-zp", "int4-b64", "int4-b128", "int8", "int8-b64", "w8a8", "fp8")
 PAST = 256  # cached positions behind which attention is timed
 
 _TRAFFIC = 64 << 20  # bytes of weights a run reads at least: more than a cache holds
 _FEW_ROWS = 32  # from here on arithmetic hides the reading, and a short chain tells as much
 _SHORT, _LONGEST, _BODIES = 2, 400, 8  # copies then, at most, and of blocks
-_MOST = 1 << 33  # multiplications of a cell; larger ones are left to extrapolation
+_MOST = {"cpu": 1 << 33, "cuda": 1 << 37}  # multiplications of a cell; larger ones are left to extrapolation
 _ROUNDS = 3, 10  # at least, at most; the first is slower, it warms up
 
 Progress = Callable[[int, int], None]  # cells measured, cells in all
@@ -37,7 +37,7 @@ Shape = tuple[int, int]  # N, K
 def measure(
     shapes: Iterable[Shape],
     rows: Sequence[int] = ROWS,
-    formats: Iterable[Format | str] = FORMATS,
+    formats: Iterable[Format | str] | None = None,
     target: str = "cpu",
     *,
     dtype: str | None = None,
@@ -49,15 +49,17 @@ def measure(
     """The table of these (N, K) shapes; only what the cache has not is measured, in about `budget` seconds.
 
     Each time is the least of several rounds in which the formats of a shape take turns: what else runs on the machine
-    slows all of them. `dtype` is that of activations and scales, the target's first unless said; `body` asks for the
-    times of what stands between the linear layers too.
+    slows all of them. `formats` are those of FORMATS that the target has unless said, `dtype` (of activations and
+    scales) is the target's first; `body` asks for the times of what stands between the linear layers too.
     """
     chosen = find_target(target)
-    floats = dtype or chosen.dtypes[0]
+    floats = chosen.check_dtype(dtype)
     threads = Session.share_pool(threads or default_threads())
     store = _Store(_machine(chosen.name, floats, threads))
+    formats = [form for form in FORMATS if form in chosen.linears[floats]] if formats is None else formats
     forms = list(dict.fromkeys(canonical(form) for form in formats))
-    wanted = [(n, k, f, m) for n, k in dict.fromkeys(shapes) for f in forms for m in rows if n * k * m <= _MOST]
+    sizes = [(n, k, m) for n, k in dict.fromkeys(shapes) for m in rows if n * k * m <= _MOST[target]]
+    wanted = [(n, k, form, m) for n, k, m in sizes for form in forms]
     groups = _by_shape(cell for cell in wanted if cell not in store.cells)
 
     def make(cell: Cell) -> Chain:

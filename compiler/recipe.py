@@ -11,7 +11,8 @@ The first word is the format of every linear layer; `ROLE=FORMAT` overrides it f
     fp8             float8 (e4m3) with a scale per 128 inputs: MatMulBlockQuantizedFp8Weight, on CUDA only
 
 with `-b16 ... -b256` for the block size (32 unless said). Roles are q k v o gate up down head embed and the groups
-qkv, attn, mlp. `dtype=fp16` or `dtype=bf16` is the type of everything else, float32 unless said.
+qkv, attn, mlp. `dtype=fp16` or `dtype=bf16` is the type of everything else, float32 unless said;
+`cache=fp8` stores keys and values in 8 bits, on CUDA only.
 """
 
 import re
@@ -23,6 +24,7 @@ from dsopt.compiler.roles import GROUPS, ROLES
 from dsopt.runtime.errors import UsageError
 
 _PLAIN: dict[str, tuple[Any, ...]] = {"none": (), "w8a8": ("w8a8", 8), "fp8": ("fp8", 8, 128)}
+CACHES = ("float", "fp8")
 DTYPES = ("fp32", "fp16", "bf16")
 _FORMAT = re.compile(r"(none|w8a8|fp8|int4|int8)(-zp|-min)?(?:-b(16|32|64|128|256))?")
 
@@ -53,17 +55,17 @@ class Format:
             raise UsageError(f"--quant: {text!r}: 8 bits have no use for minima; int8-zp has zero points")
         return cls("nbits", int(kind[3:]), int(block or 32), bool(zero_points), zero_points == "-min")
 
-    def nbytes(self, n: int, k: int) -> int:
-        """Bytes of a weight [n, k]: codes, float32 scales, zero points."""
+    def nbytes(self, n: int, k: int, width: int = 4) -> int:
+        """Bytes of a weight [n, k]: codes, scales, zero points; `width` is that of a float of the graph."""
         if self.kernel == "none":
-            return 4 * n * k
+            return width * n * k
         if self.kernel == "w8a8":
             return n * k + 4 * n
-        if self.kernel == "fp8":
-            return n * k + 4 * n * -(-k // self.block)
         blocks = self.blocks(k)
+        if self.kernel == "fp8":
+            return n * k + 4 * n * blocks
         zeros = -(-blocks * self.bits // 8) if self.zero_points else 0
-        return n * (blocks * self.block * self.bits // 8 + 4 * blocks + zeros)
+        return n * (blocks * self.block * self.bits // 8 + width * blocks + zeros)
 
     def blocks(self, k: int) -> int:
         """Blocks that a row of k weights takes, those of the block means included."""
@@ -92,6 +94,7 @@ class Recipe:
     roles: Mapping[str, Format] = field(default_factory=dict)
     modules: Mapping[str, Format] = field(default_factory=dict)  # by module name; goes before the role
     dtype: str = "fp32"
+    cache: str = "float"  # float: as dtype | fp8
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":
@@ -99,11 +102,14 @@ class Recipe:
         first, *overrides = [part.strip() for part in text.split(",")]
         first = PRESETS.get(first, first)
         roles: dict[str, Format] = {}
-        dtype = "fp32"
+        dtype, cache = "fp32", "float"
         for override in overrides:
             role, _, value = override.partition("=")
             if role == "dtype":
                 dtype = _check_dtype(value)
+                continue
+            if role == "cache":
+                cache = _check_cache(value)
                 continue
             known = (*ROLES, "embed", *GROUPS)
             if role not in known or not value:
@@ -114,7 +120,12 @@ class Recipe:
         default = Format.parse(first)
         if default.kernel == "w8a8":
             roles.setdefault("head", Format("nbits", 8, 32))
-        return cls(",".join([first, *overrides]), default, roles, dtype=dtype)
+        return cls(",".join([first, *overrides]), default, roles, dtype=dtype, cache=cache)
+
+    @property
+    def float_bytes(self) -> int:
+        """Of a float of the graph that is not a code."""
+        return 4 if self.dtype == "fp32" else 2
 
     @property
     def said_dtype(self) -> str | None:
@@ -150,3 +161,9 @@ def _check_dtype(dtype: str) -> str:
     if dtype not in DTYPES:
         raise UsageError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
     return dtype
+
+
+def _check_cache(cache: str) -> str:
+    if cache not in CACHES:
+        raise UsageError(f"--quant: cache={cache} is unknown; cache={' or cache='.join(CACHES)}")
+    return cache

@@ -31,6 +31,8 @@ class Target:
     linears: Mapping[str, tuple[str, ...]]
     operators: Mapping[str, tuple[str, ...]]
     largest_head: int  # values of an attention head
+    fuses_qk_norms: bool = False  # whether attention takes the norms of queries and keys
+    caches: tuple[str, ...] = ("float",)  # of keys and values: float is the type of the rest
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -54,7 +56,6 @@ _FLOAT_OPERATORS = (
     "Slice",
     "Split",
     "Concat",
-    "AveragePool",
     "Sigmoid",
     "Mul",
     "Add",
@@ -77,7 +78,7 @@ TARGETS = {
             "CPUExecutionProvider",
             "cpu",
             {"fp32": ("none", "w8a8", *_NBITS)},
-            _operators("fp32"),
+            _operators("fp32") | {"AveragePool": ("fp32",)},
             largest_head=1 << 16,
         ),
         Target(
@@ -87,6 +88,8 @@ TARGETS = {
             {"fp16": ("none", "fp8", *_NBITS), "bf16": ("none", "fp8", *_NBITS)},
             _operators("fp16", "bf16"),
             largest_head=256,
+            fuses_qk_norms=True,
+            caches=("float", "fp8"),
         ),
     )
 }

@@ -21,14 +21,18 @@ from dsopt.runtime.kv import CacheType, KvCache, LayerShape
 from dsopt.runtime.session import Binding, Logits
 
 CAPTURED = 16  # rows of a step at most that replays as a graph: decode and verify, not prefill
+DEVICE_CHUNK = 2048  # rows of a prompt's chunk: a card is not filled by those that are best for a processor
 _NOT_CAPTURED = "-1"
 
 
 class DeviceCache(KvCache):
-    """As KvCache, with its buffers on a device. Growing copies through the host: rare, and once per doubling."""
+    """As KvCache, with its buffers on a device. Growing copies through the host: rare, and once per doubling.
 
-    def __init__(self, layers: Sequence[LayerShape], limit: int, kind: CacheType, device: str) -> None:
-        self.kind, self._device = kind, device
+    `batch` sequences that advance together may share it; only a single one can be saved.
+    """
+
+    def __init__(self, layers: Sequence[LayerShape], limit: int, kind: CacheType, device: str, batch: int = 1) -> None:
+        self.kind, self.batch, self._device = kind, batch, device
         self.values: dict[str, ort.OrtValue] = {}
         super().__init__(layers, limit)
 
@@ -36,7 +40,7 @@ class DeviceCache(KvCache):
         for layer in self.layers:
             for part in ("key", "value"):
                 name = f"{layer.index}.{part}"
-                host: NDArray[Any] = np.zeros((1, layer.heads, capacity, layer.head_dim), self.kind.storage)
+                host: NDArray[Any] = np.zeros((self.batch, layer.heads, capacity, layer.head_dim), self.kind.storage)
                 if self.length:
                     host[:, :, : self.length] = self.values[name].numpy()[:, :, : self.length]
                 self._put(name, host)
@@ -68,7 +72,7 @@ class DeviceCache(KvCache):
 
     def _check_kind(self) -> None:
         if self.kind.quantized:
-            raise DsoptError("a quantized cache cannot be saved or restored; compile the model with --kv-cache auto")
+            raise DsoptError("a quantized cache cannot be saved or restored; compile the model without cache=fp8")
 
 
 def _widen(array: NDArray[Any]) -> NDArray[np.float32]:
@@ -102,6 +106,7 @@ class DeviceBinding(Binding):
     `captured`: steps of at most that many rows replay as CUDA graphs; 0 is none.
     """
 
+    chunk = DEVICE_CHUNK
     _graphs = itertools.count(1)  # ids of captured graphs, unique in a process
 
     def __init__(
@@ -110,6 +115,7 @@ class DeviceBinding(Binding):
         self.cache: DeviceCache = cache
         self._session, self._vocab, self._device, self._captured = session, vocab_size, device, captured
         self._captures: dict[tuple[int, int], _Step] = {}
+        self._last: _Step | None = None
         self._generation = -1
         self.picks = any(output.name == "greedy" for output in session.get_outputs())
 
@@ -121,29 +127,32 @@ class DeviceBinding(Binding):
     def run(self, ids: NDArray[np.int64], rows: int = 1, keep: int | None = None) -> Logits:
         """Append ids int64 [n]; returns logits float32 [rows, vocab] of the last `rows` of them.
 
-        With `keep` only so many of the positions written become valid now, more by `KvCache.extend`. Raises
-        DsoptError when the context is full; on any failure the cache is as before.
+        With a cache of several sequences ids are [batch, n] and logits [batch * rows, vocab]. The array may be
+        overwritten by the next run. With `keep` only so many of the positions written become valid now, more by
+        `KvCache.extend`. Raises DsoptError when the context is full; on any failure the cache is as before.
         """
-        return self._advance(ids, rows, keep).outputs["logits"].numpy()[0]
+        return self._advance(ids, rows, keep).outputs["logits"].numpy().reshape(-1, self._vocab)
 
     def pick(self, ids: NDArray[np.int64], rows: int = 1) -> NDArray[np.int64]:
         """As `run`, but returns the tokens with the largest logits, int64 [rows]: the logits stay on the device."""
-        return self._advance(ids, rows).outputs["greedy"].numpy()[0, :, 0]
+        return self._advance(ids, rows).outputs["greedy"].numpy().reshape(-1)
 
     def _advance(self, ids: NDArray[np.int64], rows: int, keep: int | None = None) -> _Step:
-        cache, total = self.cache, self.cache.length + len(ids)
+        cache, count = self.cache, ids.shape[-1]
+        total = cache.length + count
         cache.reserve(total)
         if cache.generation != self._generation:
             self._captures, self._generation = {}, cache.generation
         # A chunk of a prompt has a mask exactly as long as the sequence: attention's prefill wants it.
-        fixed = len(ids) <= max(self._captured, 1)
-        step = self._fixed_step(len(ids), rows) if fixed else self._make(len(ids), rows, total, _NOT_CAPTURED)
-        step.ids.update_inplace(np.ascontiguousarray(ids, np.int64)[None])
+        fixed = count <= max(self._captured, 1)
+        step = self._fixed_step(count, rows) if fixed else self._make(count, rows, total, _NOT_CAPTURED)
+        step.ids.update_inplace(np.ascontiguousarray(ids, np.int64).reshape(cache.batch, count))
         if fixed:
-            step.mask.update_inplace((np.arange(cache.capacity) < total).astype(np.int64)[None])
+            step.mask.update_inplace(np.tile((np.arange(cache.capacity) < total).astype(np.int64), (cache.batch, 1)))
         self._session.run_with_iobinding(step.io, step.options)
-        cache.length += len(ids) if keep is None else keep
+        cache.length += count if keep is None else keep
         cache.written = total
+        self._last = step  # what it holds may be read until the next run
         return step
 
     def _fixed_step(self, count: int, rows: int) -> _Step:
@@ -154,16 +163,16 @@ class DeviceBinding(Binding):
         return self._captures[key]
 
     def _make(self, count: int, rows: int, length: int, graph: str) -> _Step:
-        io, options = self._session.io_binding(), ort.RunOptions()
+        io, options, batch = self._session.io_binding(), ort.RunOptions(), self.cache.batch
         options.add_run_config_entry("gpu_graph_id", graph)
-        ids = self._new(np.zeros((1, count), np.int64))
-        mask = self._new(np.ones((1, length), np.int64))
+        ids = self._new(np.zeros((batch, count), np.int64))
+        mask = self._new(np.ones((batch, length), np.int64))
         start = ort.OrtValue.ortvalue_from_numpy(np.array([-rows], np.int64))  # read by the host
         for name, value in (("input_ids", ids), ("attention_mask", mask), ("logits_start", start)):
             io.bind_ortvalue_input(name, value)
-        outputs = {"logits": self._new(np.zeros((1, rows, self._vocab), np.float32))}
+        outputs = {"logits": self._new(np.zeros((batch, rows, self._vocab), np.float32))}
         if self.picks:
-            outputs["greedy"] = self._new(np.zeros((1, rows, 1), np.int64))
+            outputs["greedy"] = self._new(np.zeros((batch, rows, 1), np.int64))
         for name, value in outputs.items():
             io.bind_ortvalue_output(name, value)
         self._point_at_cache(io)

@@ -31,8 +31,9 @@ def prefill(binding: Binding, tokens: Sequence[int], drafter: Drafter | None = N
     ids = np.asarray(tokens, np.int64)
     binding.cache.reserve(binding.cache.length + len(ids))
     logits = None
-    for start in range(0, len(ids), PREFILL_CHUNK):
-        chunk = ids[start : start + PREFILL_CHUNK]
+    size = getattr(binding, "chunk", None) or PREFILL_CHUNK
+    for start in range(0, len(ids), size):
+        chunk = ids[start : start + size]
         logits = binding.run(chunk)
         if drafter is not None:
             drafter.accept(chunk.tolist(), binding.hidden)
@@ -81,16 +82,15 @@ def _decode_picks(binding: Binding, prompt: Sequence[int], limit: int, end: froz
     cache.trim(min(cache.length, len(prompt) - 1))
     ids = np.asarray(prompt[cache.length :], np.int64)
     cache.reserve(cache.length + len(ids))
-    chunks = [ids[start : start + PREFILL_CHUNK] for start in range(0, len(ids), PREFILL_CHUNK)]
-    for chunk in chunks[:-1]:
-        binding.pick(chunk)
-    feed = chunks[-1]
+    token = -1
+    size = binding.chunk or PREFILL_CHUNK
+    for start in range(0, len(ids), size):
+        token = int(binding.pick(ids[start : start + size])[-1])
     for count in range(1, limit + 1):
-        token = int(binding.pick(feed)[-1])
         yield Step(token)
         if token in end or count == limit:
             return
-        feed = np.array([token], np.int64)
+        token = int(binding.pick(np.array([token], np.int64))[-1])
 
 
 def make_step(token: int, logits: NDArray[np.float32], top: int | None, *, from_draft: bool = False) -> Step:

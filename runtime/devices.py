@@ -51,8 +51,9 @@ def check_device(asked: str) -> None:
 
 
 def _check_cpu_runs(manifest: Manifest, why: str) -> None:
-    for word, what in (("bf16", "bfloat16"), ("fp8", "float8")):
-        if word in manifest.recipe:
+    said = f"{manifest.family} {manifest.recipe}"
+    for word, what in (("bf16", "bfloat16"), ("fp8", "float8"), ("qwen3", "norms-in-attention")):
+        if word in said:
             raise DsoptError(f"{why}; the CPU has no {what} kernels for {manifest.name}: compile it with --target cpu")
 
 

@@ -246,7 +246,7 @@ class Stream:
         binding = session.bind(state.cache)
         # All chunks but the last here rather than in `decode`, so that cancelling need not wait for them.
         state.cache.reserve(len(prompt))
-        chunk = sessions.PREFILL_CHUNK
+        chunk = binding.chunk or sessions.PREFILL_CHUNK
         while len(prompt) - state.cache.length > chunk and not self._cancelled:
             prefill(binding, prompt[state.cache.length :][:chunk])
         if not self._cancelled:

@@ -91,13 +91,15 @@ class Session:
         """The cache's element type, as llama-bench writes it."""
         return _LLAMA_BENCH_TYPES[_cache_type(self._session).onnx]
 
-    def new_cache(self) -> KvCache:
+    def new_cache(self, batch: int = 1) -> KvCache:
+        """An empty cache; on a device it may be of `batch` sequences that advance together."""
         kind = _cache_type(self._session)
         if self.device == "cpu":
+            assert batch == 1
             return KvCache(self.layers, self.context, kind.storage)
         from dsopt.runtime.cuda import DeviceCache
 
-        return DeviceCache(self.layers, self.context, kind, self.device)
+        return DeviceCache(self.layers, self.context, kind, self.device, batch)
 
     def bind(self, cache: KvCache, taps: Sequence[int] = ()) -> "Binding":
         """`taps`: layers whose outputs each run gives too. Raises DsoptError where the graph has them not."""
@@ -138,6 +140,7 @@ class Binding:
     """
 
     picks = False  # whether `pick` spares the transfer of the logits
+    chunk: int | None = None  # rows of a prompt that a run should have at most, where PREFILL_CHUNK is not the best
 
     def __init__(
         self, session: ort.InferenceSession, cache: KvCache, vocab_size: int, taps: Mapping[str, int] | None = None

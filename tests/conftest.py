@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from dsopt.compiler import builtin
+from dsopt.runtime.devices import missing_provider
 from dsopt.runtime.files import cache_dir
 
 USER_CACHE = cache_dir()
@@ -56,6 +57,14 @@ def smollm2_gguf() -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSOPT_CACHE", str(USER_CACHE))
         return builtin.fetch("smollm2")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` are skipped, and say why, where ONNX Runtime cannot run on a GPU."""
+    marked = [item for item in items if item.get_closest_marker("cuda")]
+    reason = missing_provider("CUDAExecutionProvider") if marked else None
+    for item in marked if reason else ():
+        item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
@@ -152,7 +161,7 @@ def save_shards(folder: Path, weights: dict[str, np.ndarray], shards: int) -> No
 def compile_tiny(tmp_path_factory: pytest.TempPathFactory, exported_once: None) -> Callable[..., Path]:
     """A factory of compiled tiny Llamas: `compile_tiny("int4", **options of write_tiny_llama)`."""
 
-    def make(recipe: str = "none", **options: Any) -> Path:
+    def make(recipe: str = "none", target: str = "cpu", **options: Any) -> Path:
         from dsopt.compiler import build
         from dsopt.compiler.checkpoint import open_checkpoint
         from dsopt.compiler.recipe import Recipe
@@ -161,7 +170,7 @@ def compile_tiny(tmp_path_factory: pytest.TempPathFactory, exported_once: None) 
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("DSOPT_CACHE", str(folder / "cache"))
             checkpoint = open_checkpoint(str(write_tiny_llama(folder / "checkpoint", **options)))
-            build.write(build.plan(checkpoint, Recipe.parse(recipe)), folder / "artifact")
+            build.write(build.plan(checkpoint, Recipe.parse(recipe), target=target), folder / "artifact")
         return folder / "artifact"
 
     return make
@@ -204,16 +213,16 @@ def exported_once() -> Iterator[None]:
 
 @pytest.fixture
 def plan_tiny(tiny_llama_dir: Callable[..., Path], exported_once: None) -> Callable[..., Any]:
-    """`plan_tiny("int4", source=None, tied=False, **config)`: for `source` or a new tiny checkpoint."""
+    """`plan_tiny("int4", source=None, target="cpu", tied=False, **config)`: for `source` or a new tiny checkpoint."""
     from dsopt.compiler import build
     from dsopt.compiler.checkpoint import open_checkpoint
     from dsopt.compiler.recipe import Recipe
 
     made = itertools.count()
 
-    def plan(recipe: str = "none", source: Path | None = None, **options: Any) -> Any:
+    def plan(recipe: str = "none", source: Path | None = None, target: str = "cpu", **options: Any) -> Any:
         source = source or tiny_llama_dir(f"source-{next(made)}", **options)
-        return build.plan(open_checkpoint(str(source)), Recipe.parse(recipe))
+        return build.plan(open_checkpoint(str(source)), Recipe.parse(recipe), target=target)
 
     return plan
 

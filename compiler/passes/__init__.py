@@ -3,10 +3,12 @@
 import onnx_ir as ir
 
 from dsopt.compiler.passes.emit_greedy import EmitGreedy
+from dsopt.compiler.passes.fuse_qk_norms import FuseQkNorms
 from dsopt.compiler.passes.fuse_skip_norms import FuseSkipNorms
 from dsopt.compiler.passes.lower_precision import LowerPrecision
 from dsopt.compiler.passes.normalize_linears import NormalizeLinears
 from dsopt.compiler.passes.pack_projections import PackProjections
+from dsopt.compiler.passes.quantize_cache import QuantizeCache
 from dsopt.compiler.passes.quantize_embedding import QuantizeEmbedding
 from dsopt.compiler.passes.quantize_linears import Evidence, QuantizeLinears
 from dsopt.compiler.recipe import Recipe
@@ -24,8 +26,12 @@ def pipeline(
     `CheckKernels` looks at the result.
     """
     passes = [*CLEAN, QuantizeLinears(recipe, evidence), QuantizeEmbedding(recipe), *FUSE]
+    if target.fuses_qk_norms:
+        passes.append(FuseQkNorms())
     if recipe.dtype != "fp32":
         passes.append(LowerPrecision(recipe.dtype))
+    if recipe.cache == "fp8":
+        passes.append(QuantizeCache())
     if target.device != "cpu":
         passes.append(EmitGreedy())
     return passes

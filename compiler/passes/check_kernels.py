@@ -7,6 +7,7 @@ from dsopt.compiler.passes.lower_precision import FLOATS
 from dsopt.compiler.targets import Target
 from dsopt.runtime.errors import DsoptError
 
+_HINTS = {"AveragePool": ", which formats with -min need; int4-zp does without"}  # CUDA's goes through cuDNN
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
@@ -32,17 +33,20 @@ class CheckKernels(ir.passes.InPlacePass):
         if node.op_type == "Constant":  # no kernel anywhere: it becomes an initializer at load
             return
         if node.op_type not in target.operators:
-            raise DsoptError(f"{node.name}: {target.name} has no kernel for {node.op_type}")
+            hint = _HINTS.get(node.op_type, "")
+            raise DsoptError(f"{node.name}: {target.name} has no kernel for {node.op_type}{hint}")
         allowed = target.operators[node.op_type]
         if dtype is not None and allowed and dtype not in allowed:
             raise DsoptError(f"{node.name}: {target.name} has no kernel for {node.op_type} in {dtype}")
         if node.op_type == "GroupQueryAttention":
-            self._check_head(node)
+            self._check_attention(node)
 
-    def _check_head(self, node: ir.Node) -> None:
+    def _check_attention(self, node: ir.Node) -> None:
         past = node.inputs[3]
         assert past is not None
         assert past.shape is not None
+        if past.dtype == ir.DataType.FLOAT8E4M3FN and "fp8" not in self.target.caches:
+            raise DsoptError(f"{node.name}: {self.target.name} has no kernel for cache=fp8")
         if (width := int(past.shape[3])) > self.target.largest_head:  # type: ignore[arg-type]
             raise DsoptError(
                 f"{node.name}: {self.target.name} attends with heads of at most {self.target.largest_head}, not {width}"

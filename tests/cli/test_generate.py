@@ -250,7 +250,7 @@ def test_wrong_calls(generate: Generate, options: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--device cuda", "compiled for the CPU"),
+        ("--device cuda", "compiled for the CPU; compile it with --target cuda"),
         ("--ctx 1000", "at most 256"),
         ("--ctx 10", "21 tokens and leaves no room"),
         ("-f /nowhere", "/nowhere: cannot be read"),

@@ -1,0 +1,258 @@
+"""The speed of compiled models on a card, against transformers and against the memory's own speed.
+
+    python tests/gpu/measure.py -o speed.json          all models and recipes, about half an hour on a card
+    python tests/gpu/measure.py --tiny --device cpu    the script itself, in seconds, where there is no card
+
+One JSON object a row on stdout; progress and the bars, met or missed, on stderr. `roofline` is the time in which the
+card copies as many bytes as a step must read (weights, head, the cache so far), by the time the step took: 1 is the
+best there can be. Bandwidth is that of a large copy, reads and writes counted. ORT_FPA_INTB_GEMM=0 in the environment
+turns CUTLASS's kernels for 4 and 8 bits off; the first row says which way it was.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from peer import Peer
+from shapes import SHAPES, write_checkpoint
+
+from dsopt.compiler import build
+from dsopt.compiler.checkpoint import open_checkpoint
+from dsopt.compiler.recipe import Recipe
+from dsopt.runtime.artifact import Artifact, open_artifact
+from dsopt.runtime.cuda import DeviceBinding, DeviceCache
+from dsopt.runtime.devices import missing_provider
+from dsopt.runtime.machine import cpu_name, gpu_name
+from dsopt.runtime.session import Session
+
+Row = dict[str, Any]
+WIDTH = 8  # rows of the verify step
+
+
+def main() -> int:
+    options = _options()
+    reason = missing_provider("CUDAExecutionProvider")
+    if options.device == "cuda" and reason:
+        print(f"measure: no card: {reason}; --tiny --device cpu tries the script", file=sys.stderr)
+        return 1
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
+        for row in _measure(options, Path(scratch)):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+    for line in _bars(rows):
+        print(line, file=sys.stderr)
+    return 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--models", default=",".join(name for name in SHAPES if name != "tiny"))
+    parser.add_argument("--recipes", default="none,dtype=bf16;none,dtype=fp16;int4,dtype=fp16;fp8,dtype=bf16",
+                        help="by semicolons")  # fmt: skip
+    parser.add_argument("--batch", default="1,8,32")
+    parser.add_argument("--depth", default="0,4096")
+    parser.add_argument("-p", "--prompt", type=int, default=512)
+    parser.add_argument("-n", "--tokens", type=int, default=128)
+    parser.add_argument("--no-peer", action="store_true", help="without transformers")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, few tokens, nothing compiled by torch")
+    parser.add_argument("--scratch", type=Path, help="where checkpoints and artifacts are written for the time being")
+    parser.add_argument("-o", "--out", type=Path)
+    options = parser.parse_args()
+    if options.tiny:
+        options.models, options.recipes = "tiny", "int4"
+        options.batch, options.depth, options.prompt, options.tokens = "1,2", "0,24", 32, 4
+    return options
+
+
+def _measure(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    bandwidth = copy_bandwidth(options.device, (64 << 20) if options.tiny else (4 << 30))
+    device = gpu_name() if options.device == "cuda" else cpu_name()
+    yield {"what": "copy", "device": device, "bytes_per_second": bandwidth, "onnxruntime": ort.__version__,
+           "torch": torch.__version__, "fpa_intb": os.environ.get("ORT_FPA_INTB_GEMM", "1")}  # fmt: skip
+    for name in options.models.split(","):
+        source = write_checkpoint(name, scratch / name)
+        for recipe in options.recipes.split(";"):
+            artifact = _compile(source, recipe, scratch / "artifact")
+            for captured in (16, 0):
+                say(f"{name} {recipe} {'captured' if captured else 'plain'}")
+                yield from _ours(options, name, artifact, captured, bandwidth)
+        if not options.no_peer:
+            say(f"{name} transformers")
+            yield from _peers(options, name)
+        shutil.rmtree(scratch / name)
+
+
+def copy_bandwidth(device: str, nbytes: int) -> float:
+    """Bytes a second of a copy, read and written ones."""
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device).fill_(1)
+    target, times = torch.empty_like(source), []
+    for _ in range(8):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return 2 * nbytes / min(times)
+
+
+def _compile(source: Path, recipe: str, out: Path) -> Artifact:
+    build.write(build.plan(open_checkpoint(str(source)), Recipe.parse(recipe), target="cuda"), out)
+    return open_artifact(out)
+
+
+def _ours(options: argparse.Namespace, name: str, artifact: Artifact, captured: int, bandwidth: float) -> Iterator[Row]:
+    session = Session(artifact, device=options.device, captured=captured)
+    common = {"what": "dsopt", "model": name, "recipe": artifact.manifest.recipe, "captured": bool(captured)}
+    prompt = measure_prompt(session, options.prompt)
+    yield {**common, "test": f"pp{options.prompt}", "tokens_per_second": options.prompt / prompt}
+    for batch, depth in _cases(options):
+        try:
+            step = measure_steps(session, batch, depth, options.tokens)
+        except Exception as error:  # out of memory, in words of onnxruntime's own: the other cases still count
+            say(f"batch {batch} at {depth}: {str(error).splitlines()[0]}")
+            continue
+        reads = step_bytes(artifact, batch, depth + options.tokens // 2)
+        yield {
+            **common, "test": f"tg{options.tokens} @ d{depth}", "batch": batch,
+            "tokens_per_second": batch / step, "ms": 1e3 * step, "roofline": reads / bandwidth / step,
+        }  # fmt: skip
+    one = measure_steps(session, 1, 64, options.tokens)
+    wide = measure_steps(session, 1, 64, options.tokens, WIDTH)
+    yield {**common, "test": f"verify {WIDTH}", "ms": 1e3 * wide, "steps": wide / one}
+    del session
+    gc.collect()
+
+
+def _cases(options: argparse.Namespace) -> Iterator[tuple[int, int]]:
+    numbers = ([int(n) for n in text.split(",")] for text in (options.batch, options.depth))
+    return itertools.product(*numbers)
+
+
+def _binding(session: Session, batch: int) -> DeviceBinding:
+    """On the CPU too: the code that a card would run, with the CPU as the device."""
+    if session.device == "cpu":
+        from dsopt.runtime.session import _cache_type
+
+        cache = DeviceCache(session.layers, session.context, _cache_type(session._session), "cpu", batch)
+        return DeviceBinding(session._session, cache, session.vocab_size, "cpu", session._captured)
+    binding = session.bind(session.new_cache(batch))
+    assert isinstance(binding, DeviceBinding)
+    return binding
+
+
+def measure_prompt(session: Session, tokens: int) -> float:
+    """Seconds of a prompt in chunks, the least of several."""
+    binding, times = _binding(session, 1), []
+    ids = np.random.default_rng(0).integers(0, 256, tokens)
+    binding.cache.reserve(tokens)
+    for _ in range(4):
+        binding.cache.trim(0)
+        start = time.perf_counter()
+        for first in range(0, tokens, binding.chunk):
+            binding.pick(ids[first : first + binding.chunk])
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure_steps(session: Session, batch: int, depth: int, tokens: int, width: int = 1) -> float:
+    """Seconds of a greedy step of `width` rows behind `depth` cached tokens, the median over `tokens` steps."""
+    binding = _binding(session, batch)
+    cache, random = binding.cache, np.random.default_rng(0)
+    cache.reserve(depth + tokens + 4 * width)
+    if depth:  # one call: with several sequences only a first prompt may have many rows
+        ids = random.integers(0, 256, (batch, depth))
+        chunk = binding.chunk if batch == 1 else depth
+        for start in range(0, depth, chunk):
+            binding.pick(ids[:, start : start + chunk])
+    feed = random.integers(0, 256, (batch, width))
+    times = []
+    for index in range(tokens + 3):  # a run, the capture, a first replay
+        start = time.perf_counter()
+        tokens_out = binding.pick(feed, width).reshape(batch, width)
+        times.append(time.perf_counter() - start)
+        if width > 1:
+            cache.trim(depth + index % max(tokens - width, 1))
+        feed = tokens_out % 256
+    return statistics.median(times[3:])
+
+
+def step_bytes(artifact: Artifact, batch: int, positions: int) -> int:
+    """What a step must read: every linear layer's weights as stored, and the cache; of the embedding only rows."""
+    weights = sum(int(node["bytes"]) for node in artifact.manifest.nodes if node["role"] != "embed")
+    model = artifact.manifest.model
+    cache = 2 * 2 * model["layers"] * model["kv_heads"] * model["head_dim"] * positions * batch
+    return weights + cache
+
+
+def _peers(options: argparse.Namespace, name: str) -> Iterator[Row]:
+    dtype = "fp32" if options.tiny and options.device == "cpu" else "bf16"
+    peer = Peer(SHAPES[name], options.device, dtype, compiled=not options.tiny)
+    common = {"what": "transformers", "model": name, "recipe": dtype, "captured": not options.tiny}
+    yield {**common, "test": f"pp{options.prompt}", "tokens_per_second": options.prompt / peer.prompt(options.prompt)}
+    for batch, depth in _cases(options):
+        try:
+            step = peer.step(batch, depth, options.tokens)
+        except torch.OutOfMemoryError:
+            say(f"transformers, batch {batch} at {depth}: out of memory")
+            continue
+        yield {**common, "test": f"tg{options.tokens} @ d{depth}", "batch": batch,
+               "tokens_per_second": batch / step, "ms": 1e3 * step}  # fmt: skip
+    del peer
+    gc.collect()
+    if options.device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _bars(rows: list[Row]) -> Iterator[str]:
+    """What was hoped for of the largest model, and whether it came."""
+
+    def find(model: str, **wanted: Any) -> Row | None:
+        good = (row for row in rows if row.get("model") == model)
+        return next((row for row in good if all(row.get(key) == value for key, value in wanted.items())), None)
+
+    for model in sorted({str(row["model"]) for row in rows if "model" in row}):
+        step = next((row["test"] for row in rows if str(row.get("test")).endswith("@ d0")), "")
+        ours = {"what": "dsopt", "captured": True, "batch": 1, "test": step}
+        plain, int4 = (find(model, **ours, recipe=recipe) for recipe in ("none,dtype=bf16", "int4,dtype=fp16"))
+        peer = find(model, what="transformers", batch=1, test=step)
+        verify = find(model, what="dsopt", captured=True, recipe="none,dtype=bf16", test=f"verify {WIDTH}")
+        if plain:
+            yield _bar(model, "bf16 decode, share of the roofline", plain["roofline"], 0.6)
+        if plain and peer:
+            yield _bar(model, "bf16 decode against torch.compile", peer["ms"] / plain["ms"], 1.0)
+        if plain and int4:
+            yield _bar(model, "int4 decode against bf16", plain["ms"] / int4["ms"], 2.0)
+        if verify:
+            yield _bar(model, f"a step of {WIDTH} rows, in steps (at most 1.15)", -verify["steps"], -1.15)
+
+
+def _bar(model: str, what: str, value: float, wanted: float) -> str:
+    return f"{'met   ' if value >= wanted else 'MISSED'} {model}: {what}: {abs(value):.2f} (bar {abs(wanted)})"
+
+
+def say(line: str) -> None:
+    print(f"measure: {line}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
