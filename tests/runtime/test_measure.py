@@ -86,7 +86,8 @@ def test_a_prompt_runs_in_chunks_after_a_warm_up(slow: SlowSession) -> None:
 
 def test_generation_restarts_at_its_depth_which_is_filled_off_the_clock(slow: SlowSession) -> None:
     (result,) = measure(slow, [Workload(0, 2, 600)], 2)
-    fill, warm_up, once = [(0, 512, 1), (512, 88, 1)], [(600, 1, 1)], [(600, 1, 1), (601, 1, 1)]
+    fill = [(start, min(PREFILL_CHUNK, 600 - start), 1) for start in range(0, 600, PREFILL_CHUNK)]
+    warm_up, once = [(600, 1, 1)], [(600, 1, 1), (601, 1, 1)]
     assert slow.runs == fill + warm_up + once + once
     assert result.samples_ns == [2_000_000] * 2
     assert result.ttft_ms is None
