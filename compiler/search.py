@@ -197,22 +197,36 @@ def search(
     Raises DsoptError when no assignment is expected to fit.
     """
     rounds: list[Round] = []
-    ratio = _OPTIMISM
     for _ in range(ROUNDS):
-        made = solve(sites, found, goal.loss / ratio, goal.size)
+        made = solve(sites, found, _budget(rounds, goal.loss), goal.size)
         if made is None and not rounds:
             # Estimates may be too high: try the least loss that fits the size, and let the measurement decide.
             made = _gentlest(sites, found, goal)
         if made is None or any(made.choices == before.assignment.choices for before in rounds):
             break
         rounds.append(Round(made, measure(made)))
-        last = rounds[-1]
-        if 0.9 * goal.loss <= last.measured <= goal.loss:
+        if 0.9 * goal.loss <= rounds[-1].measured <= goal.loss:
             break
-        # Aim a little inside: the next choice has errors of its own.
-        ratio = max(last.measured, 1e-6) / max(last.assignment.loss, 1e-9) / 0.97
     fitting = [r for r in rounds if r.measured <= goal.loss]
     return min(fitting, key=lambda r: r.assignment.seconds, default=None), rounds
+
+
+def _budget(rounds: Sequence[Round], loss: float) -> float:
+    """The estimated loss at which a build should measure `loss`, a little inside: the next choice errs in its own way.
+
+    Between two builds, one on each side, along the line through both in logarithms; else by the ratio of the last.
+    """
+    aim = 0.97 * loss
+    points = sorted((max(r.measured, 1e-7), max(r.assignment.loss, 1e-9)) for r in rounds)
+    under, over = [p for p in points if p[0] <= loss], [p for p in points if p[0] > loss]
+    if under and over and over[0][1] > under[-1][1]:
+        (m0, e0), (m1, e1) = under[-1], over[0]
+        share = math.log(aim / m0) / math.log(m1 / m0)
+        return float(e0 * (e1 / e0) ** min(max(share, 0.1), 0.9))
+    if not rounds:
+        return loss / _OPTIMISM
+    measured, estimated = max(rounds[-1].measured, 1e-7), max(rounds[-1].assignment.loss, 1e-9)
+    return aim * estimated / measured
 
 
 def _gentlest(sites: Sequence[Site], found: Sequence[Sequence[Option]], goal: Goal) -> Assignment:
