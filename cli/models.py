@@ -10,6 +10,7 @@ from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.files import cache_dir, write_atomically
 
 BUILT_IN = "smollm2"
+_QUICK = "int4-min,head=int8"  # the built-in model's own weights, kept as they are: no search, an answer soon
 
 
 def default_directory(name: str, recipe: str, sha256: str) -> Path:
@@ -37,9 +38,9 @@ def find_artifact(model: Path | None) -> Artifact:
     last = _last()
     if last is None:
         print(f"dsopt: no model compiled yet; compiling the built-in {BUILT_IN}", file=sys.stderr)
-        from dsopt.cli.compile import compile_model
+        from dsopt.cli.compile import Order, compile_model
 
-        last = compile_model(BUILT_IN)
+        last = compile_model(BUILT_IN, order=Order(_QUICK))
     else:
         print(f"dsopt: using {last}", file=sys.stderr)
     return open_artifact(last)

@@ -81,7 +81,7 @@ class Format:
 
 HEAD = "lm_head"  # the head's module name, also where its weight is the embedding's
 
-# `auto` until a search chooses per node: the fastest of the recipes whose loss is hard to notice (see README).
+# What `auto` is where nothing is searched: beside pruning, a drafter, a card.
 PRESETS = {"auto": "int8"}
 
 
