@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -15,12 +16,13 @@ from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.drafters.build import DraftPlan, check_target, plan_drafter, write_drafter
 from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
 from dsopt.compiler.export import export
+from dsopt.compiler.gguf import FLOAT_TYPES, GgufTensor
 from dsopt.compiler.models import find_family
 from dsopt.compiler.passes import CLEAN, pipeline
 from dsopt.compiler.passes.check_kernels import CheckKernels
 from dsopt.compiler.passes.prune_blocks import PruneBlocks
 from dsopt.compiler.passes.prune_features import PruneFeatures
-from dsopt.compiler.passes.quantize_linears import Evidence, module_name
+from dsopt.compiler.passes.quantize_linears import Evidence, is_exact, module_name
 from dsopt.compiler.passes.smooth_linears import SmoothLinears
 from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
 from dsopt.compiler.probe import probed
@@ -108,6 +110,8 @@ def plan(
         before = [_with_rows(node, recipe, whole.config["vocab_size"]) for node in nodes]
         nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
         pruned = describe_pruning(pruning.text, before, nodes, cuts, vocabulary.record if vocabulary else {})
+    for line in _rounded_again(checkpoint, nodes):
+        report(line)
     sizes = _sizes(model, config)
     if smoothing:
         SmoothLinears(smoothing)(model)
@@ -154,6 +158,21 @@ def _check_draft(draft: DraftCheckpoint, config: Any, target: str, pruning: Prun
         raise DsoptError(f"--draft: drafters run on the cpu alone so far, the target is {target}; give --target cpu")
     if pruning:
         raise DsoptError(f"--draft: the drafter knows the whole model, not one pruned by {pruning.text}; leave out one")
+
+
+def _rounded_again(checkpoint: Checkpoint, nodes: list[dict[str, Any]]) -> list[str]:
+    """A line for each quantized type of the checkpoint whose weights another format will hold: a loss of its own."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for node in nodes:
+        name = "model.embed_tokens" if f"{node['name']}.weight" not in checkpoint.tensors else node["name"]
+        tensor, form = checkpoint.tensors[f"{name}.weight"], Format.parse(node["format"])
+        if isinstance(tensor, GgufTensor) and tensor.dtype not in FLOAT_TYPES and form.kernel != "none":
+            counts[(tensor.dtype, node["format"])] += not is_exact(tensor, form)
+    return [
+        f"{count} weights stored as {dtype} are rounded again to {form}; dsopt compare tells what that costs"
+        for (dtype, form), count in counts.items()
+        if count
+    ]
 
 
 def _check_names(checkpoint: Checkpoint, config: Any) -> None:

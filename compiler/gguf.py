@@ -32,6 +32,8 @@ READABLE = (
     "Q6_K",
 )
 
+FLOAT_TYPES = ("F32", "F16", "BF16")
+
 _ROPE_FACTORS = "rope_freqs.weight"
 
 
