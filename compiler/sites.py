@@ -113,7 +113,9 @@ def price_head(
     x = norm(statistics.hidden(statistics.depth)[:, ::4]).flatten(0, 1)
     w = linear.weight
     log_p = (x @ w.T).log_softmax(-1)
-    site = Site(HEAD, (HEAD,), None, *w.shape, copies=1 if checkpoint.config.get("tie_word_embeddings") else 2)
+    n, k = w.shape
+    tied = checkpoint.config.get("tie_word_embeddings")
+    site = Site(HEAD, (HEAD,), None, n, k, copies=1 if tied else 2)
     name = "lm_head.weight" if "lm_head.weight" in checkpoint.tensors else "model.embed_tokens.weight"
     for form in formats:
         if form.kernel != "nbits" or form.minima or w.shape[1] % form.block:
