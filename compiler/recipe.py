@@ -115,8 +115,9 @@ class Recipe:
             if role not in known or not value:
                 raise UsageError(f"--quant: {override!r} is not ROLE=FORMAT; roles: {' '.join(known)}")
             roles |= dict.fromkeys(GROUPS.get(role, (role,)), Format.parse(value))
-        if (kernel := roles.get("embed", Format()).kernel) in ("w8a8", "fp8"):
-            raise UsageError(f"--quant: no gather reads {kernel}, so an embedding cannot have it; embed=int8 works")
+        embed = roles.get("embed", Format())
+        if embed.kernel in ("w8a8", "fp8") or embed.minima:
+            raise UsageError(f"--quant: no gather reads {embed}, so an embedding cannot have it; embed=int8 works")
         default = Format.parse(first)
         if default.kernel == "w8a8":
             roles.setdefault("head", Format("nbits", 8, 32))

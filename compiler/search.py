@@ -69,7 +69,7 @@ def _bytes(size: str | None) -> int | None:
     if size is None:
         return None
     match = re.fullmatch(r"(\d*\.?\d+)\s*(kB|MB|GB)", size)
-    if match is None or not float(match[1]):
+    if match is None or not 0 < float(match[1]) < 1e9:
         raise UsageError(f"--max-size is {size!r}; a number with kB, MB or GB, as 105MB")
     return int(float(match[1]) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[match[2]])
 
@@ -99,10 +99,11 @@ def options(sites: Sequence[Site], table: KernelTable, workload: str) -> list[li
 
 def _option(site: Site, choice: Choice, table: KernelTable, workload: str) -> Option:
     head = site.layer is None
-    # The head computes one row of a prompt, and all of a step that verifies.
-    counts = {1 if head and rows >= 128 else rows: count for rows, count in WORKLOADS[workload].items()}
-    seconds = sum(count * table.time(site.n, site.k, choice.format, rows) for rows, count in counts.items())
-    return Option(choice, site.prices[choice], seconds, choice.format.nbytes(site.n, site.k))
+    seconds = 0.0
+    for rows, count in WORKLOADS[workload].items():
+        # The head computes one row of a prompt, and all of a step that verifies.
+        seconds += count * table.time(site.n, site.k, choice.format, 1 if head and rows >= 128 else rows)
+    return Option(choice, site.prices[choice], seconds, site.copies * choice.format.nbytes(site.n, site.k))
 
 
 def _undominated(found: list[Option]) -> list[Option]:
@@ -125,7 +126,7 @@ def solve(
         return None
     low, high, best = 0.0, 1e6, smallest
     for step in range(_PRICINGS):  # seconds a byte; geometric, once a price is known to be too high
-        price = 1e-9 if step == 0 else (low + high) / 2 if low else high / 30
+        price = 1e-9 if step == 0 else math.sqrt(low * high) if low else high / 30
         tried = _assign(sites, found, loss, price)
         if tried is not None and tried.nbytes <= size:
             high, best = price, min(best, tried, key=lambda a: a.seconds)

@@ -19,6 +19,7 @@ from dsopt.compiler.quantizers import Blocks, for_row_chunks, quantize_blocks, q
 from dsopt.compiler.recipe import HEAD, Format
 from dsopt.compiler.sensitivity import Observed
 from dsopt.compiler.smoothing import column_maxima, repeat_channels, shared_channels, smoothing_scales
+from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.session import PREFILL_CHUNK
 
 FORMATS = tuple(Format.parse(text) for text in ("w8a8", "int8", "int4-min", "int4-zp"))
@@ -39,7 +40,10 @@ class Choice:
 
 @dataclass
 class Site:
-    """`name` is the first module's; `prices` in nats a token (KL divergence); `scales` by alpha, of the smoothings."""
+    """`name` is the first module's; `prices` in nats a token (KL divergence); `scales` by alpha, of the smoothings.
+
+    `copies` is 2 where another matrix of this size has the same format: a table beside a head that is not tied to it.
+    """
 
     name: str
     modules: tuple[str, ...]
@@ -48,6 +52,7 @@ class Site:
     k: int
     prices: dict[Choice, float] = field(default_factory=dict)
     scales: dict[float, Tensor] = field(default_factory=dict)
+    copies: int = 1
 
 
 class Pricer:
@@ -99,13 +104,18 @@ class Pricer:
 def price_head(
     checkpoint: Checkpoint, head: torch.nn.Sequential, statistics: Statistics, formats: Sequence[Format]
 ) -> Site:
-    """The head's site, priced by the divergence itself: its outputs are the logits."""
+    """The head's site, priced by the divergence itself: its outputs are the logits.
+
+    Raises DsoptError where no format fits: rows that are not whole blocks.
+    """
     norm, linear = head
     assert isinstance(linear, torch.nn.Linear)
     x = norm(statistics.hidden(statistics.depth)[:, ::4]).flatten(0, 1)
     w = linear.weight
     log_p = (x @ w.T).log_softmax(-1)
-    site = Site(HEAD, (HEAD,), None, *w.shape)
+    n, k = w.shape
+    tied = checkpoint.config.get("tie_word_embeddings")
+    site = Site(HEAD, (HEAD,), None, n, k, copies=1 if tied else 2)
     name = "lm_head.weight" if "lm_head.weight" in checkpoint.tensors else "model.embed_tokens.weight"
     for form in formats:
         if form.kernel != "nbits" or form.minima or w.shape[1] % form.block:
@@ -114,6 +124,8 @@ def price_head(
         rounded = _rounded(seen, [is_exact(checkpoint.tensors[name], form)], form, statistics.input(HEAD))[0]
         log_q = (quantize_activations(x, form.block) @ rounded.T).log_softmax(-1)
         site.prices[Choice(form)] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    if not site.prices:
+        raise DsoptError(f"--quant auto: rows of {w.shape[1]} are not whole blocks of 32; --quant int8 does without")
     return site
 
 

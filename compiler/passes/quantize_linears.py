@@ -28,6 +28,7 @@ from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import Linear, find_linears
 from dsopt.compiler.smoothing import Scaled
 from dsopt.compiler.weights import Shared, Weight, initializer, lazy
+from dsopt.runtime.errors import DsoptError
 
 _GPTQ_ROWS = 768  # rounded together: enough rows to hide the loop over channels, few enough for the cache
 
@@ -62,6 +63,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
             source = linear.node.inputs[0]
             assert source is not None
             if form.minima:
+                _check_whole_blocks(linear, form)
                 source = with_block_means(graph, linear.node, source, form.block)
             _replace(graph, linear.node, linear_node(form, source, weights, *linear.size))
             if not weight.uses():
@@ -88,6 +90,14 @@ def module_name(linear: Linear) -> str:
 def _replace(graph: ir.Graph, old: ir.Node, new: ir.Node) -> None:
     new.name = f"{(old.name or '').rpartition('/')[0]}/{new.op_type}"
     ir.convenience.replace_nodes_and_values(graph, old, [old], [new], old.outputs, new.outputs)
+
+
+def _check_whole_blocks(linear: Linear, form: Format) -> None:
+    """The mean of half a block would be that of its weights and of padding."""
+    width = linear.size[1]
+    if width % form.block:
+        raise DsoptError(f"{linear.name}: rows of {width} are not whole blocks of {form.block}, which {form} needs; "
+                         "-zp does without")  # fmt: skip
 
 
 def _weight(value: ir.Value) -> Weight:
