@@ -85,7 +85,7 @@ def bench_command(
     if spec is not None:
         if (n_prompt, pairs, n_depth, repetitions) != (["512"], [], ["0"], 5):
             raise UsageError("-p, -pg, -d and -r are of llama-bench's tests; --spec has --prompts and -n")
-        options = SpecOptions(spec, prompts, synthetic_accept, _one_number("-n", n_gen), exact, threads, output)
+        options = SpecOptions(spec, prompts, synthetic_accept, _one_number("-n", n_gen), exact, threads, output, device)
         for line in run_spec(find_artifact(directory or model), options):
             print(line, flush=True)
         return

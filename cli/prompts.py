@@ -163,7 +163,7 @@ def read_messages(path: Path) -> tuple[Mapping[str, Any], ...]:
     name = str(path)
     try:
         raw = json.loads(_decode(_read_bytes(name), name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DsoptError(f"{_label(name)}: not JSON ({error})") from error
     if not isinstance(raw, list) or not raw:
         raise DsoptError(f'{_label(name)}: must be a list such as [{{"role": "user", "content": "Hi"}}]')

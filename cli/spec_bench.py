@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsopt.cli import report
-from dsopt.cli.generate import note_measuring
+from dsopt.cli.generate import note_measuring, warn
 from dsopt.cli.progress import progress_bar
 from dsopt.runtime.errors import DsoptError, UsageError
 
@@ -48,6 +48,7 @@ class SpecOptions:
     exact: bool | None
     threads: int | None
     output: str
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if (self.prompts is None) == (self.accept is None):
@@ -63,9 +64,11 @@ class SpecOptions:
 def run_spec(artifact: "Artifact", options: SpecOptions) -> Iterator[str]:
     """The lines of the table, as they come. Raises DsoptError on prompts that cannot be read or do not fit."""
     prompts = None if options.prompts is None else read_prompts(options.prompts)
+    from dsopt.runtime.devices import choose_device
     from dsopt.runtime.model import Model
 
-    model = Model(artifact, threads=options.threads)
+    device = choose_device(options.device, artifact.manifest, warn)
+    model = Model(artifact, threads=options.threads, device=device)
     if prompts is None:
         yield from _print_prospects(model, options)
         return
@@ -75,7 +78,7 @@ def run_spec(artifact: "Artifact", options: SpecOptions) -> Iterator[str]:
 def read_prompts(path: Path) -> list[tuple[str, str]]:
     """Category and prompt of each line, a JSON object that has both as texts. Raises DsoptError naming the line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON strings may hold Unicode's other line ends
     except (OSError, UnicodeDecodeError) as error:
         raise DsoptError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
     found = []
@@ -84,14 +87,24 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
             continue
         try:
             entry = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DsoptError(f"{path}: line {number} is not JSON ({error})") from error
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("category", "prompt")):
             raise DsoptError(f'{path}: line {number} must be {{"category": "...", "prompt": "..."}}')
+        if not _is_utf8(entry["category"] + entry["prompt"]):
+            raise DsoptError(f"{path}: line {number} has half a surrogate pair; write the character itself")
         found.append((entry["category"], entry["prompt"]))
     if not found:
         raise DsoptError(f"{path}: no prompts in it")
     return found
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _compare(model: "Model", prompts: list[tuple[str, str]], options: SpecOptions) -> Iterator[dict[str, Any]]:

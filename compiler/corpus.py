@@ -51,13 +51,13 @@ def _text(path: Path) -> str:
 
 def _lines(path: Path, content: str) -> list[str]:
     texts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
             entry = json.loads(line)
             texts.append(str(entry["prompt"] if "prompt" in entry else entry["text"]))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DsoptError(f"{path}, line {number}: no JSON object with prompt or text ({error!r})") from error
     return texts
 

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from dsopt.runtime.artifact import GRAPH, WEIGHTS
 from dsopt.runtime.decoder import prefill
 from dsopt.runtime.files import cache_dir, write_atomically
-from dsopt.runtime.kv import KvCache
 from dsopt.runtime.machine import cpu_name
 from dsopt.runtime.session import Binding, Session, ort_version
 
@@ -26,7 +25,7 @@ _BUDGET = 1.5  # seconds
 _LEAST, _REPETITIONS = 3, 12  # runs of each width; the fastest counts, since all that disturbs makes slower
 _CHECKS = 4  # runs of a width, compared with the widest
 _SHALLOW, _DEEP = 64, 1024  # tokens in the cache
-_VERSION = 3
+_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class VerifyCurve:
 
 
 def verify_curve(session: Session, measuring: Callable[[], None] = lambda: None, *, fresh: bool = False) -> VerifyCurve:
-    """Of this model, machine and number of threads: measured in two seconds, once, and kept in the user's cache.
+    """Of this model, machine, device and number of threads: measured in two seconds, once, and kept in the cache.
 
     `measuring` is called before it is measured; `fresh` measures it anew.
     """
@@ -100,7 +99,7 @@ def measure_curve(session: Session, budget: float = _BUDGET) -> VerifyCurve:
     """Time runs of every width in turn, so that a slow moment meets them all; takes about `budget` seconds, more
     where a model needs it for three runs of each."""
     context = session.artifact.manifest.model["context_length"]  # whatever --ctx is: the curve is kept for all
-    binding = session.bind(KvCache(session.layers, context))
+    binding = session.bind(session.new_cache(limit=context))
     depth, deep = min(_SHALLOW, context // 4), min(_DEEP, context // 2)
     ids = np.random.default_rng(0).integers(session.vocab_size, size=_SHALLOW + WIDTHS[-1])
     prefill(binding, ids[:depth].tolist())
@@ -168,6 +167,7 @@ def _path(session: Session) -> Path:
         _VERSION,
         *(files[name]["sha256"] for name in (GRAPH, WEIGHTS)),
         cpu_name(),
+        session.device,
         session.threads,
         ort_version(),
     ]

@@ -91,15 +91,16 @@ class Session:
         """The cache's element type, as llama-bench writes it."""
         return _LLAMA_BENCH_TYPES[_cache_type(self._session).onnx]
 
-    def new_cache(self, batch: int = 1) -> KvCache:
-        """An empty cache; on a device it may be of `batch` sequences that advance together."""
-        kind = _cache_type(self._session)
+    def new_cache(self, batch: int = 1, limit: int | None = None) -> KvCache:
+        """An empty cache of at most `limit` positions, as many as the context has unless given; on a device it may be
+        of `batch` sequences that advance together."""
+        kind, limit = _cache_type(self._session), limit or self.context
         if self.device == "cpu":
             assert batch == 1
-            return KvCache(self.layers, self.context, kind.storage)
+            return KvCache(self.layers, limit, kind.storage)
         from dsopt.runtime.cuda import DeviceCache
 
-        return DeviceCache(self.layers, self.context, kind, self.device, batch)
+        return DeviceCache(self.layers, limit, kind, self.device, batch)
 
     def bind(self, cache: KvCache, taps: Sequence[int] = ()) -> "Binding":
         """`taps`: layers whose outputs each run gives too. Raises DsoptError where the graph has them not."""

@@ -101,9 +101,9 @@ class _Loop:
             elif cache.length:
                 drafter.accept(prompt[: cache.length], None)
         cache.reserve(len(prompt))
-        logits = None
+        logits, chunk = None, getattr(self._binding, "chunk", None) or sessions.PREFILL_CHUNK
         while cache.length < len(prompt) and not cancelled():
-            logits = prefill(self._binding, prompt[cache.length :][: sessions.PREFILL_CHUNK], drafter)
+            logits = prefill(self._binding, prompt[cache.length :][:chunk], drafter)
         return logits if cache.length == len(prompt) else None
 
     def round(self, left: int) -> Generator[Step, None, int]:

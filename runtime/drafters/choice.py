@@ -5,6 +5,7 @@ from pathlib import Path
 
 from dsopt.runtime.artifact import MANIFEST, open_artifact
 from dsopt.runtime.curve import verify_curve
+from dsopt.runtime.devices import choose_device
 from dsopt.runtime.drafters import Drafter
 from dsopt.runtime.drafters.chain import ChainDrafter
 from dsopt.runtime.drafters.manifest import DRAFT_MANIFEST
@@ -71,6 +72,9 @@ def _open_directory(directory: Path, target: Model, sampling: Sampling) -> Draft
         return open_deepspec(directory, target.session, sampling)
     from dsopt.runtime.drafters.model import ModelDrafter, check_same_tokens
 
-    draft = Model(open_artifact(directory), threads=target.session.threads)
+    artifact = open_artifact(directory)
+    # On a card both may run there; where the model stays on the CPU, so does what drafts for it.
+    device = choose_device("auto" if target.session.device == "cuda" else "cpu", artifact.manifest, lambda line: None)
+    draft = Model(artifact, threads=target.session.threads, device=device)
     check_same_tokens(target, draft)
     return ModelDrafter(draft, target.session.vocab_size, sampling)

@@ -59,6 +59,38 @@ def test_auto_falls_back_on_stderr(
         call(*words, "--device", "cuda")
 
 
+@pytest.mark.parametrize("words", [["--draft", "ngram"], ["--exact"], ["--draft", "DRAFT"]])
+def test_a_model_for_a_card_speculates_on_the_cpu(
+    call: Callable[..., Any], words: list[str], compile_tiny: Callable[..., Path], no_card: None
+) -> None:
+    half = compile_tiny("int4", "cuda")
+    words = [str(half) if word == "DRAFT" else word for word in words]
+    told = json.loads(call("generate", "a b a b a b", "--raw", "-n", 8, "-m", half, "--json", *words).out)
+    assert told["stats"]["speculation"]["rounds"] > 0
+
+
+def test_a_drafter_that_the_cpu_cannot_run_is_named(
+    call: Callable[..., Any], tiny_artifact: Path, compile_tiny: Callable[..., Path]
+) -> None:
+    draft = compile_tiny("int4,dtype=bf16", "cuda")
+    with pytest.raises(DsoptError, match="the CPU has no bfloat16 kernels"):
+        call("generate", "a", "--raw", "-m", tiny_artifact, "--draft", draft)
+
+
+def test_bench_spec_runs_where_it_is_told(
+    call: Callable[..., Any], tiny_artifact: Path, compile_tiny: Callable[..., Path], no_card: None
+) -> None:
+    words = ["--spec", "ngram", "--synthetic-accept", 0.5]
+    with pytest.raises(DsoptError, match=r"^--device cuda: .* was compiled for the CPU"):
+        call("bench", tiny_artifact, *words, "--device", "cuda")
+    half = compile_tiny("int4", "cuda")
+    with pytest.raises(DsoptError, match=f"^--device cuda: {REASON}$"):
+        call("bench", half, *words, "--device", "cuda")
+    done = call("bench", half, *words)
+    assert "break-even" in done.out
+    assert done.err == f"dsopt: running on the CPU, slowly for a model compiled for CUDA: {REASON}\n"
+
+
 def test_bench_says_what_type_the_cache_is_of(
     call: Callable[..., Any], compile_tiny: Callable[..., Path], no_card: None
 ) -> None:

@@ -174,10 +174,18 @@ def test_bad_values_are_one_line(bench: Callable[..., str], prompts: Path, optio
 def test_broken_prompt_files_name_the_line(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     good = json.dumps({"category": "a", "prompt": "b"})
-    for line, words in (("{", "line 2 is not JSON"), ('{"prompt": "x"}', "line 2 must be"), ("3", "line 2 must be")):
+    for line, words in (
+        ("{", "line 2 is not JSON"),
+        ("[" * 100_000, "line 2 is not JSON"),
+        ('{"prompt": "x"}', "line 2 must be"),
+        ("3", "line 2 must be"),
+        (json.dumps({"category": "\ud800", "prompt": "x"}), "line 2 has half a surrogate pair"),
+    ):
         path.write_text(f"{good}\n{line}\n")
         with pytest.raises(DsoptError, match=words):
             read_prompts(path)
+    path.write_bytes('{"category": "a", "prompt": "b\u2028c"}\r\n'.encode())
+    assert read_prompts(path) == [("a", "b\u2028c")]
     path.write_text("\n")
     with pytest.raises(DsoptError, match="no prompts"):
         read_prompts(path)

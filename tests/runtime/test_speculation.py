@@ -202,9 +202,12 @@ def test_the_curve_is_measured_once_for_a_model_a_machine_and_its_threads(
         path.write_bytes(damage)
         verify_curve(model.session, lambda: measured.append(3))
     assert measured == [1, 3, 3, 3, 3]
-    monkeypatch.setattr(model.session, "threads", 99)
-    verify_curve(model.session, lambda: measured.append(4))
-    assert measured[-1] == 4
+    for name, value, call in (("threads", 99, 4), ("device", "elsewhere", 5)):
+        with monkeypatch.context() as patch:
+            patch.setattr(model.session, name, value)
+            patch.setattr("dsopt.runtime.curve.measure_curve", lambda session: first)
+            verify_curve(model.session, lambda call=call: measured.append(call))
+        assert measured[-1] == call
 
 
 def test_a_tight_context_changes_neither_curve_nor_tokens(model: Model) -> None:
