@@ -93,8 +93,16 @@ class Option:
 
 
 def options(sites: Sequence[Site], table: KernelTable, workload: str) -> list[list[Option]]:
-    """What can be chosen at each site, without what is worse than another in loss, time and size alike."""
-    return [_undominated([_option(site, choice, table, workload) for choice in site.prices]) for site in sites]
+    """What can be chosen at each site, without what is worse than another in loss, time and size alike.
+
+    For speculation a row's result may not depend on the rows beside it, which may be rejected: no kernel with one
+    activation scale for all of them.
+    """
+    offered = ([c for c in site.prices if workload != "speculative" or c.format.kernel != "w8a8"] for site in sites)
+    return [
+        _undominated([_option(site, choice, table, workload) for choice in choices])
+        for site, choices in zip(sites, offered, strict=True)
+    ]
 
 
 def _option(site: Site, choice: Choice, table: KernelTable, workload: str) -> Option:
