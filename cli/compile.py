@@ -1,7 +1,7 @@
 """dsopt compile: a checkpoint to an optimized ONNX directory, whose path is printed."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -200,7 +200,10 @@ class _Job:
         target, recipe = _target_and_recipe(order)
         pruning = Pruning.parse(order.prune)
         goal = None
-        if order.searches and target == "cpu":
+        order = replace(
+            order, target=target
+        )  # a search is asked for in vain where the target turns out not to have one
+        if order.searches:
             from dsopt.compiler.search import Goal
 
             goal = Goal.parse(order.loss, order.size, order.workload)
@@ -245,7 +248,13 @@ class _Job:
         manifest, source = artifact.manifest, self.checkpoint.source.sha256
         made = manifest.versions.get("dsopt"), manifest.source.get("sha256"), manifest.recipe, drafts
         wanted = [self.drafter.source.sha256] if self.drafter else [source] if self.order.draft == SELF else []
-        return made == (version("dsopt"), source, self.text, wanted)
+        return made == (version("dsopt"), source, self.text, wanted) and self._is_near_enough(manifest.search)
+
+    def _is_near_enough(self, search: "Mapping[str, Any] | None") -> bool:
+        """Whether what a search kept holds the budget: with --allow-miss it need not."""
+        if self.goal is None or self.order.allow_miss:
+            return True
+        return search is not None and any(r["chosen"] and r["measured"] <= self.goal.loss for r in search["rounds"])
 
     def plan(self) -> "Plan":
         from dsopt.compiler import build

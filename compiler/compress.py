@@ -68,10 +68,10 @@ def study(checkpoint: Checkpoint, windows: np.ndarray, goal: Goal, stage: Stage 
         statistics = calibrate(stream, windows, HELD, progress)
     pricer = Pricer(checkpoint, statistics, config.num_attention_heads, config.num_key_value_heads)
     with stage("pricing errors") as progress:
-        sweep_back(stream, statistics, pricer, progress=progress)
+        gradient = sweep_back(stream, statistics, pricer, progress=progress)
     head = stream.head()
     with torch.no_grad():
-        sites = [*pricer.sites, price_head(checkpoint, head, statistics, FORMATS)]
+        sites = [*pricer.sites, price_head(checkpoint, head, statistics, FORMATS, gradient)]
     with stage("timing kernels") as progress:
         table = _table(sites, config, goal, progress)
     return Study(statistics, sites, table, head)

@@ -44,8 +44,11 @@ def sweep_back(
     *,
     seed: int = 0,
     progress: Progress = lambda done, total: None,
-) -> None:
-    """Call `trial` for each layer from the last to the first, with what its linear layers saw and are worth."""
+) -> Tensor:
+    """Call `trial` for each layer from the last to the first, with what its linear layers saw and are worth.
+
+    Returns the gradients at the embeddings, float32 [SAMPLE, tokens, width].
+    """
     gradient = _head_gradient(stream, statistics.hidden(stream.depth), seed)
     for layer in reversed(range(stream.depth)):
         progress(stream.depth - 1 - layer, stream.depth)
@@ -64,6 +67,7 @@ def sweep_back(
         weights = {f"model.layers.{layer}.{name}": module.weight for name, module in _linears(block)}
         trial(layer, {m: _observed(x, weights[m], y) for m, (x, y) in seen.items()})
     progress(stream.depth, stream.depth)
+    return gradient
 
 
 def _observed(x: Tensor, weight: Tensor, y: Tensor) -> Observed:

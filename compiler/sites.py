@@ -102,9 +102,15 @@ class Pricer:
 
 
 def price_head(
-    checkpoint: Checkpoint, head: torch.nn.Sequential, statistics: Statistics, formats: Sequence[Format]
+    checkpoint: Checkpoint,
+    head: torch.nn.Sequential,
+    statistics: Statistics,
+    formats: Sequence[Format],
+    gradient: Tensor,
 ) -> Site:
     """The head's site, priced by the divergence itself: its outputs are the logits.
+
+    The embedding has the head's format: what that costs, by `gradient` at the embeddings, is part of the price.
 
     Raises DsoptError where no format fits: rows that are not whole blocks.
     """
@@ -123,10 +129,25 @@ def price_head(
         seen = [Observed(x, w, x, x)]
         rounded = _rounded(seen, [is_exact(checkpoint.tensors[name], form)], form, statistics.input(HEAD))[0]
         log_q = (quantize_activations(x, form.block) @ rounded.T).log_softmax(-1)
-        site.prices[Choice(form)] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+        table = rounded if tied else None
+        embedding = _price_embedding(checkpoint, statistics, gradient, form, table)
+        site.prices[Choice(form)] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) + embedding
     if not site.prices:
         raise DsoptError(f"--quant auto: rows of {w.shape[1]} are not whole blocks of 32; --quant int8 does without")
     return site
+
+
+def _price_embedding(
+    checkpoint: Checkpoint, statistics: Statistics, gradient: Tensor, form: Format, table: Tensor | None
+) -> float:
+    """`table` [vocab, width] is the rounded one where the head has it; an embedding of its own is rounded by rows."""
+    y = statistics.hidden(0).flatten(0, 1)
+    seen = Observed(y, y, y, gradient.flatten(0, 1))
+    if table is not None:
+        return seen.cost(table[torch.from_numpy(statistics.windows[: len(gradient)]).flatten()])
+    if is_exact(checkpoint.tensors["model.embed_tokens.weight"], form):
+        return 0.0
+    return seen.cost(_values(_nearest(y, form), y.shape[1]))
 
 
 def quantize_activations(x: Tensor, block: int) -> Tensor:

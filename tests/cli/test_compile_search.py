@@ -1,0 +1,208 @@
+"""dsopt compile --quant auto: the options of a search, its report, and what it does not do twice."""
+
+import html
+import json
+from collections.abc import Callable, Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dsopt.cli import main
+from dsopt.cli.compile import Order, compile_model
+from dsopt.compiler import compress
+from dsopt.compiler.kernel_table import KernelTable
+from dsopt.compiler.recipe import Format
+from dsopt.runtime import devices
+from dsopt.runtime.artifact import open_artifact
+from dsopt.runtime.errors import DsoptError, UsageError
+
+NAME = "<b>&tiny"
+SPEEDS = {"w8a8": 1, "int4-zp": 2, "int4-min": 3, "int8": 4}
+
+
+def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Sequence[Format], **_: Any) -> KernelTable:
+    """Times without a clock."""
+    cells = {(n, k, str(f), m): 1e-9 * n * k * m**0.5 * SPEEDS[str(f)] for n, k in shapes for f in forms for m in rows}
+    return KernelTable({"device": "none"}, cells, {1: 1e-6})
+
+
+@pytest.fixture
+def source(tiny_llama_dir: Callable[..., Path], exported_once: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(compress, "measure", made_up)
+    return str(tiny_llama_dir(NAME, max_position_embeddings=32))
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text"
+    path.write_text(" ".join(f"{n} times {n} is {n * n}." for n in range(60)))
+    return path
+
+
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr of `dsopt compile WORDS`."""
+    monkeypatch.setattr("sys.argv", ["dsopt", "compile", *words])
+    with pytest.raises(SystemExit) as caught:
+        main.main()
+    captured = capsys.readouterr()
+    return int(str(caught.value.code)), captured.out, captured.err
+
+
+class Page(HTMLParser):
+    """Checks that tags close in turn; keeps the tags and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(page)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def test_a_search_from_the_shell(
+    source: str,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, page = tmp_path / "out", tmp_path / "page.html"
+    words = [source, "--target", "cpu", "--calib", str(text), "--max-quality-loss", "0.05", "-o", str(out)]
+    code, stdout, stderr = call(monkeypatch, capsys, *words, "--report", str(page))
+    assert (code, stdout) == (0, f"{out}\n"), stderr
+    assert "expected" in stderr  # what each build lost
+    manifest = open_artifact(out).manifest
+    assert manifest.search is not None
+    assert manifest.quality is not None
+    assert manifest.profile is not None
+    assert manifest.recipe.startswith("auto,loss=0.05,for=chat,calib=")
+
+    written = page.read_text()
+    found = Page(written)
+    assert "b" not in found.tags
+    assert html.escape(NAME) in written
+    assert NAME in "".join(found.words)
+    assert found.tags.count("circle") == 1
+    assert found.tags.count("rect") == len(manifest.search["uniform"])
+    assert found.tags.count("svg") == 1
+    rows = 1 + len(manifest.search["rounds"])
+    assert found.tags.count("tr") == rows + 1 + len(manifest.search["pareto"]) + 1 + len(
+        manifest.search["uniform"]
+    ) + 1 + len(manifest.nodes)
+
+    # The same again does nothing, but the report is written.
+    monkeypatch.setattr(compress, "study", None)
+    stamp = (out / "dsopt.json").stat().st_mtime_ns
+    page.unlink()
+    assert call(monkeypatch, capsys, *words, "--report", str(page))[0] == 0
+    assert (out / "dsopt.json").stat().st_mtime_ns == stamp
+    assert page.read_text() == written
+
+
+def test_another_text_or_budget_is_another_artifact(source: str, text: Path, tmp_path: Path) -> None:
+    one = compile_model(source, order=Order(loss="0.5", calib=text, target="cpu"))
+    assert one == compile_model(source, order=Order(loss="0.5", calib=text, target="cpu"))
+    other = tmp_path / "other"
+    other.write_text(text.read_text() * 2)
+    places = {
+        one,
+        compile_model(source, order=Order(loss="5%", calib=text, target="cpu")),
+        compile_model(source, order=Order(loss="0.5", calib=other, target="cpu")),
+        compile_model(source, order=Order(loss="0.5", calib=text, workload="batch", target="cpu")),
+    }
+    assert len(places) == 4
+
+
+def test_a_miss_is_no_success_later(source: str, text: Path, tmp_path: Path) -> None:
+    out, order = tmp_path / "new" / "out", Order(loss="1e-4", calib=text, target="cpu")
+    with pytest.raises(DsoptError, match="--allow-miss"):
+        compile_model(source, out, order)
+    assert list(out.parent.iterdir()) == []
+    allowed = Order(loss="1e-4", calib=text, target="cpu", allow_miss=True)
+    assert compile_model(source, out, allowed) == out == compile_model(source, out, allowed)
+    with pytest.raises(DsoptError, match="exists already"):
+        compile_model(source, out, order)
+
+
+def test_the_plan_of_a_search(
+    source: str, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, stdout, _ = call(monkeypatch, capsys, source, "--target", "cpu", "--calib", str(text), "--plan")
+    assert code == 0
+    plan = json.loads(stdout)
+    assert plan["goal"]["loss"] == 0.01
+    assert len(plan["pareto"]) > 1
+
+
+WRONG = {
+    "--max-quality-loss much": "--max-quality-loss",
+    "--max-quality-loss 0": "--max-quality-loss",
+    "--max-size 5": "--max-size",
+    "--for games": "--for",
+    "--quant int4 --max-quality-loss 0.1": "nothing to search",
+    "--prune layers=1 --allow-miss": "nothing to search",
+    "--draft self --report page.html": "nothing to search",
+    "--quant int8 --for batch": "nothing to search",
+    "--target cuda --max-size 5MB": "nothing to search",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_calls(
+    words: str, source: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = [] if "--target" in words else ["--target", "cpu"]
+    code, stdout, stderr = call(monkeypatch, capsys, source, *target, *words.split())
+    assert (code, stdout) == (2, "")
+    assert stderr.count("\n") == 1
+    assert WRONG[words] in stderr
+
+
+def test_a_gpu_found_by_itself_has_nothing_to_search_either(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "missing_provider", lambda name: None)
+    with pytest.raises(UsageError, match="nothing to search"):
+        compile_model(source, order=Order(loss="0.5"))
+
+
+def test_texts_that_do_not_do(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short, out = tmp_path / "short", tmp_path / "out"
+    short.write_text("Not much to say.")
+    for path, says in ((short, "needs 384"), (tmp_path / "gone", "could not be read")):
+        code, stdout, stderr = call(
+            monkeypatch, capsys, source, "--target", "cpu", "--calib", str(path), "-o", str(out)
+        )
+        assert (code, stdout) == (1, "")
+        assert stderr.count("dsopt: ") == 1
+        assert says in stderr.splitlines()[-1]
+        assert not out.exists()
+
+
+def test_a_report_that_cannot_be(source: str, text: Path, tmp_path: Path) -> None:
+    from dsopt.compiler.report import render
+
+    order = Order(loss="0.5", calib=text, target="cpu", report=tmp_path / "no" / "folder" / "page.html")
+    with pytest.raises(DsoptError, match="choose another --report"):
+        compile_model(source, tmp_path / "out", order)
+    plain = compile_model(source, tmp_path / "plain", Order("none", target="cpu"))
+    with pytest.raises(DsoptError, match="no search to report"):
+        render(open_artifact(plain).manifest)
