@@ -87,8 +87,7 @@ def test_a_search_from_the_shell(
     out, page = tmp_path / "out", tmp_path / "page.html"
     words = [source, "--target", "cpu", "--calib", str(text), "--max-quality-loss", "0.05", "-o", str(out)]
     code, stdout, stderr = call(monkeypatch, capsys, *words, "--report", str(page))
-    assert (code, stdout) == (0, f"{out}\n"), stderr
-    assert "expected" in stderr  # what each build lost
+    assert (code, stdout, stderr) == (0, f"{out}\n", "")
     manifest = open_artifact(out).manifest
     assert manifest.search is not None
     assert manifest.quality is not None
