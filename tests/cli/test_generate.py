@@ -107,7 +107,7 @@ def test_system_messages(generate: Generate, model: Model, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "{}", "[]", '["hi"]', '[{"role": "user"}]', '[{"role": "user", "content": [1]}]']
+    "text", ["{", "[" * 100_000, "{}", "[]", '["hi"]', '[{"role": "user"}]', '[{"role": "user", "content": [1]}]']
 )
 def test_broken_messages(generate: Generate, text: str) -> None:
     with pytest.raises(DsoptError, match=r"^stdin: "):
