@@ -16,7 +16,7 @@ import pytest
 
 from dsopt.compiler import build, package
 from dsopt.compiler.checkpoint import Tensor
-from dsopt.runtime.artifact import Artifact, open_artifact
+from dsopt.runtime.artifact import FORMAT, Artifact, open_artifact
 from dsopt.runtime.errors import DsoptError
 
 FORK = multiprocessing.get_context("fork")  # children take over the plan; an export of their own takes seconds
@@ -351,7 +351,7 @@ def changed(**fields: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "a later format": (changed(format=2), "artifact format 2"),
+    "a later format": (changed(format=FORMAT + 1), f"artifact format {FORMAT + 1}"),
     "no format": (lambda m: {k: v for k, v in m.items() if k != "format"}, "not a dsopt manifest"),
     "a list": (lambda m: [m], "not a dsopt manifest"),
     "an unknown field": (changed(color="red"), "unknown fields.*color"),
