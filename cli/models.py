@@ -38,7 +38,8 @@ def find_artifact(model: Path | None) -> Artifact:
     last = _last()
     if last is None:
         print(f"dsopt: no model compiled yet; compiling the built-in {BUILT_IN}", file=sys.stderr)
-        from dsopt.cli.compile import Order, compile_model
+        from dsopt.cli.compile import compile_model
+        from dsopt.cli.order import Order
 
         last = compile_model(BUILT_IN, order=Order(_QUICK))
     else:

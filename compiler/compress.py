@@ -71,7 +71,7 @@ def study(checkpoint: Checkpoint, windows: np.ndarray, goal: Goal, stage: Stage 
         gradient = sweep_back(stream, statistics, pricer, progress=progress)
     head = stream.head()
     with torch.no_grad():
-        sites = [*pricer.sites, price_head(checkpoint, head, statistics, FORMATS, gradient)]
+        sites = [*pricer.sites, price_head(checkpoint, head, statistics, FORMATS, gradient, stream.head_weight)]
     with stage("timing kernels") as progress:
         table = _table(sites, config, goal, progress)
     return Study(statistics, sites, table, head)
@@ -102,13 +102,15 @@ def compress(
     Raises DsoptError where no build kept the budget, unless `allow_miss`: then the one that came nearest is kept.
     """
     with package.scratch(out) as folder:
-        builds: dict[int, Path] = {}
+        builds: dict[int, tuple[Path, dict[str, float]]] = {}  # by identity: a choice is a dict
 
         def try_out(made: Assignment) -> float:
-            builds[id(made)] = place = folder / str(len(builds))
+            place = folder / str(len(builds))
             _build(checkpoint, found, made, place, text, stage)
             with stage("measuring the loss") as progress:
-                loss = judge(found, place, progress)[goal.quantity]
+                quality = judge(found, place, progress)
+            builds[id(made)] = place, quality
+            loss = quality[goal.quantity]
             report(_said(made, loss, place))
             return loss
 
@@ -121,7 +123,7 @@ def compress(
                 f"{goal.loss:g}; raise --max-quality-loss, or keep it with --allow-miss"
             )
         best = best or min(rounds, key=lambda r: r.measured)
-        return _take(builds[id(best.assignment)], out, found, goal, best, rounds)
+        return _take(*builds[id(best.assignment)], out, found, goal, best, rounds)
 
 
 def preview(found: Study, goal: Goal) -> dict[str, Any]:
@@ -169,10 +171,11 @@ def judge(found: Study, directory: Path, progress: Progress = lambda done, total
     return comparison.summary()
 
 
-def _take(place: Path, out: Path, found: Study, goal: Goal, best: Round, rounds: list[Round]) -> Manifest:
+def _take(
+    place: Path, quality: Mapping[str, float], out: Path, found: Study, goal: Goal, best: Round, rounds: list[Round]
+) -> Manifest:
     """Complete the manifest, and let the build take its place."""
     made = open_artifact(place).manifest
-    quality = judge(found, place)
     kept = ("tokens", "kld_mean", "kld_mean_err", "kld_p99", "ppl_ratio", "ppl_ratio_err", "same_top_p")
     manifest = dataclasses.replace(
         made,

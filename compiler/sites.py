@@ -107,8 +107,9 @@ def price_head(
     statistics: Statistics,
     formats: Sequence[Format],
     gradient: Tensor,
+    name: str,
 ) -> Site:
-    """The head's site, priced by the divergence itself: its outputs are the logits.
+    """The head's site, priced by the divergence itself: its outputs are the logits. `name` is its weight's.
 
     The embedding has the head's format: what that costs, by `gradient` at the embeddings, is part of the price.
 
@@ -120,16 +121,14 @@ def price_head(
     w = linear.weight
     log_p = (x @ w.T).log_softmax(-1)
     n, k = w.shape
-    tied = checkpoint.config.get("tie_word_embeddings")
-    site = Site(HEAD, (HEAD,), None, n, k, copies=1 if tied else 2)
-    name = "lm_head.weight" if "lm_head.weight" in checkpoint.tensors else "model.embed_tokens.weight"
+    site = Site(HEAD, (HEAD,), None, n, k, copies=2 if name == f"{HEAD}.weight" else 1)
     for form in formats:
         if form.kernel != "nbits" or form.minima or w.shape[1] % form.block:
             continue
         seen = [Observed(x, w, x, x)]
         rounded = _rounded(seen, [is_exact(checkpoint.tensors[name], form)], form, statistics.input(HEAD))[0]
         log_q = (quantize_activations(x, form.block) @ rounded.T).log_softmax(-1)
-        table = rounded if tied else None
+        table = rounded if site.copies == 1 else None
         embedding = _price_embedding(checkpoint, statistics, gradient, form, table)
         site.prices[Choice(form)] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) + embedding
     if not site.prices:

@@ -4,6 +4,7 @@ The eager torch code of the family does the arithmetic, so whatever is learnt he
 gradients) is learnt about the very function that the graph computes.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -49,22 +50,28 @@ class BlockStream:
         lengths, total = torch.full((windows,), tokens - 1, dtype=torch.int32), torch.tensor(tokens, dtype=torch.int32)
         return [empty, empty, lengths, total, *config.rotary(tokens)]
 
+    @property
+    def head_weight(self) -> str:
+        """The name of the head's weight: the embedding's where they are tied, even if the file has a copy."""
+        return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+
     def norm(self) -> nn.Module:
         """The norm before the head."""
         return self._filled(lambda model: model.model.norm, "model.norm.")
 
     def head(self) -> nn.Sequential:
         """Final norm and head: hidden states [..., width] -> logits [..., vocab]."""
-        name = "lm_head.weight" if "lm_head.weight" in self.checkpoint.tensors else "model.embed_tokens.weight"
         linear = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, device="meta")
-        linear.load_state_dict({"weight": torch.from_numpy(self._tensor(name).read())}, assign=True)
+        linear.load_state_dict({"weight": torch.from_numpy(self._tensor(self.head_weight).read())}, assign=True)
         return nn.Sequential(self.norm(), linear).requires_grad_(False)
 
-    def _filled(self, part: Callable[[Any], nn.Module], prefix: str) -> nn.Module:
-        import dataclasses
-
+    def blank(self, part: Callable[[Any], nn.Module] = lambda model: model.model.layers[0]) -> nn.Module:
+        """A part of the model, a block unless said, without weights."""
         with torch.device("meta"):
-            module = part(self.family.Model(dataclasses.replace(self.config, num_hidden_layers=1)))
+            return part(self.family.Model(dataclasses.replace(self.config, num_hidden_layers=1)))
+
+    def _filled(self, part: Callable[[Any], nn.Module], prefix: str) -> nn.Module:
+        module = self.blank(part)
         state = {name: torch.from_numpy(self._tensor(prefix + name).read()) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)

@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from gpu.shapes import layer_shapes, outer_shapes
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -70,31 +71,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Random float32 weights of a Llama or a Qwen3, with Hugging Face's names."""
     rng = np.random.default_rng(seed)
-    hidden, wide, vocab = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
-    query = config["num_attention_heads"] * config["head_dim"]
-    key = config["num_key_value_heads"] * config["head_dim"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (vocab, hidden), "model.norm": (hidden,)}
-    if not config["tie_word_embeddings"]:
-        shapes["lm_head"] = (vocab, hidden)
-    layer = {
-        "input_layernorm": (hidden,),
-        "self_attn.q_proj": (query, hidden),
-        "self_attn.k_proj": (key, hidden),
-        "self_attn.v_proj": (key, hidden),
-        "self_attn.o_proj": (hidden, query),
-        "post_attention_layernorm": (hidden,),
-        "mlp.gate_proj": (wide, hidden),
-        "mlp.up_proj": (wide, hidden),
-        "mlp.down_proj": (hidden, wide),
-    }
-    if config["model_type"] == "qwen3":
-        layer |= {"self_attn.q_norm": (config["head_dim"],), "self_attn.k_norm": (config["head_dim"],)}
+    shapes = outer_shapes(config)
     for index in range(config["num_hidden_layers"]):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    return {
-        f"{name}.weight": (rng.normal(0, 0.3, shape) + (len(shape) == 1)).astype(np.float32)
-        for name, shape in shapes.items()
-    }
+        shapes |= layer_shapes(config, index)
+    return {name: (rng.normal(0, 0.3, shape) + (len(shape) == 1)).astype(np.float32) for name, shape in shapes.items()}
 
 
 def byte_tokenizer() -> Tokenizer:

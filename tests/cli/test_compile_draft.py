@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from dsopt.cli.compile import Order, compile_model
+from dsopt.cli.compile import compile_model
 from dsopt.cli.main import app
+from dsopt.cli.order import Order
 from dsopt.runtime.artifact import open_artifact
 
 

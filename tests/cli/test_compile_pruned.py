@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from dsopt.cli.compile import Order, compile_model
+from dsopt.cli.compile import compile_model
 from dsopt.cli.main import app
+from dsopt.cli.order import Order
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.quality import session_scorer

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dsopt.cli import main
-from dsopt.cli.compile import Order, compile_model
+from dsopt.cli.compile import compile_model
+from dsopt.cli.order import Order
 from dsopt.compiler import compress
 from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.recipe import Format

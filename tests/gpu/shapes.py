@@ -69,7 +69,7 @@ def write_checkpoint(name: str, folder: Path) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     files, layers = {}, config["num_hidden_layers"]
     for index in range(layers + 1):
-        shapes = _outer(config) if index == layers else _layer(config, index)
+        shapes = outer_shapes(config) if index == layers else layer_shapes(config, index)
         file = f"model-{index + 1:05}-of-{layers + 1:05}.safetensors"
         save_file({tensor: _random(shape, index) for tensor, shape in shapes.items()}, folder / file, {"format": "pt"})
         files |= dict.fromkeys(shapes, file)
@@ -83,7 +83,7 @@ def _random(shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.bfloat16) * 0.02
 
 
-def _layer(config: dict[str, Any], index: int) -> dict[str, tuple[int, ...]]:
+def layer_shapes(config: dict[str, Any], index: int) -> dict[str, tuple[int, ...]]:
     hidden, wide, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     query, key = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
     shapes: dict[str, tuple[int, ...]] = {
@@ -102,7 +102,7 @@ def _layer(config: dict[str, Any], index: int) -> dict[str, tuple[int, ...]]:
     return {f"{_LAYER.format(index)}{name}.weight": shape for name, shape in shapes.items()}
 
 
-def _outer(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+def outer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     table = (config["vocab_size"], config["hidden_size"])
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": table, "model.norm.weight": table[1:]}
     return shapes if config["tie_word_embeddings"] else {**shapes, "lm_head.weight": table}

@@ -1,0 +1,195 @@
+"""What `dsopt compile` is asked to do: the options, checked, and what they name, opened."""
+
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsopt.cli.models import default_directory
+from dsopt.cli.progress import note
+from dsopt.runtime.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dsopt.compiler.build import Plan
+    from dsopt.compiler.checkpoint import Checkpoint
+    from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
+    from dsopt.compiler.pruning.options import Pruning
+    from dsopt.compiler.recipe import Recipe
+    from dsopt.compiler.search import Goal
+    from dsopt.runtime.artifact import Artifact
+
+DEFAULT_LOSS = "0.01"
+SELF = "self"  # as a drafter: a pruned copy of the model
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be done to a model, as the options say it."""
+
+    quant: str = "auto"
+    target: str = "auto"
+    dtype: str | None = None
+    prune: str = "none"
+    draft: str | None = None
+    loss: str = DEFAULT_LOSS
+    size: str | None = None
+    workload: str = "chat"
+    calib: Path | None = None
+    allow_miss: bool = False
+    report: Path | None = None
+
+    def __post_init__(self) -> None:
+        searching = (self.loss, self.size, self.workload, self.calib) != (DEFAULT_LOSS, None, "chat", None)
+        if (searching or self.allow_miss or self.report) and not self.searches:
+            raise UsageError(
+                "a search is asked for, but --quant, --prune, --draft or --target leaves nothing to search"
+            )
+
+    @property
+    def searches(self) -> bool:
+        """Whether formats are chosen by measurement rather than by the recipe."""
+        return self.quant == "auto" and self.prune == "none" and self.draft is None and self.target != "cuda"
+
+
+@dataclass(frozen=True)
+class Job:
+    """An order whose parts are read and understood."""
+
+    checkpoint: "Checkpoint"
+    recipe: "Recipe"
+    target: str
+    pruning: "Pruning"
+    drafter: "DraftCheckpoint | None"
+    order: Order
+    goal: "Goal | None"  # of a search
+
+    @classmethod
+    def open(cls, model: str, order: Order) -> "Job":
+        from dsopt.compiler.checkpoint import open_checkpoint
+        from dsopt.compiler.pruning.options import Pruning
+
+        target, recipe = _target_and_recipe(order)
+        pruning = Pruning.parse(order.prune)
+        goal = None
+        order = replace(
+            order, target=target
+        )  # a search is asked for in vain where the target turns out not to have one
+        if order.searches:
+            from dsopt.compiler.search import Goal
+
+            goal = Goal.parse(order.loss, order.size, order.workload)
+        checkpoint = open_checkpoint(model, progress=note)
+        return cls(checkpoint, recipe, target, pruning, _open_drafter(order.draft), order, goal)
+
+    @property
+    def text(self) -> str:
+        """What the manifest will say was done."""
+        from dsopt.compiler.pruning.options import full_text
+
+        if self.goal is None:
+            return full_text(self.recipe.text, self.pruning)
+        words = ["auto", f"loss={self.order.loss}", f"for={self.order.workload}"]
+        words += [f"size={self.order.size}"] if self.order.size else []
+        if self.order.calib:
+            words.append(f"calib={_digest(self.order.calib)}")
+        return ",".join(words)
+
+    @property
+    def directory(self) -> Path:
+        """Where the result goes unless told."""
+        source = self.checkpoint.source
+        if self.drafter is None:
+            text = f"{self.text} {SELF}" if self.order.draft == SELF else self.text
+            return default_directory(source.name, text, source.sha256)
+        both = sha256((source.sha256 + self.drafter.source.sha256).encode()).hexdigest()
+        return default_directory(f"{source.name}+{self.drafter.source.name}", self.text, both)
+
+    def is_done(self, directory: Path) -> bool:
+        """Whether `directory` holds, unchanged, what this compilation would write."""
+        from importlib.metadata import version
+
+        from dsopt.runtime.artifact import open_artifact
+        from dsopt.runtime.errors import DsoptError
+
+        try:
+            artifact = open_artifact(directory)
+            drafts = [_draft_source(artifact, name) for name in artifact.manifest.drafters]
+        except DsoptError:
+            return False
+        manifest, source = artifact.manifest, self.checkpoint.source.sha256
+        made = manifest.versions.get("dsopt"), manifest.source.get("sha256"), manifest.recipe, drafts
+        wanted = [self.drafter.source.sha256] if self.drafter else [source] if self.order.draft == SELF else []
+        return made == (version("dsopt"), source, self.text, wanted) and self._is_near_enough(manifest.search)
+
+    def _is_near_enough(self, search: "Mapping[str, Any] | None") -> bool:
+        """Whether what a search kept holds the budget: with --allow-miss it need not."""
+        if self.goal is None or self.order.allow_miss:
+            return True
+        return search is not None and any(r["chosen"] and r["measured"] <= self.goal.loss for r in search["rounds"])
+
+    def plan(self) -> "Plan":
+        from dsopt.compiler import build
+        from dsopt.compiler.pruning.draft import DIRECTORY, plan_draft
+
+        plan = build.plan(
+            self.checkpoint, self.recipe, self.pruning, target=self.target, draft=self.drafter, report=note
+        )
+        if self.order.draft == SELF:
+            note("making the drafter")
+            draft = plan_draft(self.checkpoint, self.pruning, report=note)
+            note_rates(draft.manifest.pruning)
+            plan = build.add_draft(plan, DIRECTORY, draft)
+        return plan
+
+
+def _draft_source(artifact: "Artifact", name: str) -> str:
+    """The hash of the checkpoint that a drafter of the artifact was made from. Raises DsoptError when it is damaged."""
+    from dsopt.compiler.pruning.draft import DIRECTORY
+    from dsopt.runtime.artifact import WEIGHTS, open_artifact
+    from dsopt.runtime.drafters.manifest import open_draft
+
+    if name == DIRECTORY:
+        return str(open_artifact(artifact.directory / name).manifest.source["sha256"])
+    weights = str(artifact.manifest.files[WEIGHTS]["sha256"])
+    return str(open_draft(artifact.directory / name, weights).source["sha256"])
+
+
+def _target_and_recipe(order: Order) -> "tuple[str, Recipe]":
+    """The target's name and the recipe with its float type. Raises DsoptError on a type without kernels there."""
+    from dsopt.compiler.recipe import Recipe
+    from dsopt.compiler.targets import find_target
+    from dsopt.runtime.devices import missing_provider
+
+    target = order.target
+    if target == "auto":
+        target = "cpu" if missing_provider("CUDAExecutionProvider") else "cuda"
+    chosen, recipe = find_target(target), Recipe.parse(order.quant)
+    return target, recipe.with_dtype(chosen.check_dtype(order.dtype or recipe.said_dtype))
+
+
+def _digest(path: Path) -> str:
+    from dsopt.runtime.errors import DsoptError
+    from dsopt.runtime.files import sha256_file
+
+    try:
+        return sha256_file(path)[:8]
+    except OSError as error:
+        raise DsoptError(f"{path} could not be read ({error.strerror}); --calib names a text file") from error
+
+
+def _open_drafter(draft: str | None) -> "DraftCheckpoint | None":
+    if draft is None or draft == SELF:
+        return None
+    from dsopt.compiler.drafters.checkpoint import open_drafter
+
+    return open_drafter(draft)
+
+
+def note_rates(pruning: "Mapping[str, Any] | None") -> None:
+    """What each kind of pruning costs for what it frees."""
+    from dsopt.compiler.pruning.account import exchange_lines
+
+    for line in exchange_lines(pruning) if pruning else ():
+        note(line)
