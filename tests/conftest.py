@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -58,6 +59,13 @@ def smollm2_gguf() -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DSOPT_CACHE", str(USER_CACHE))
         return builtin.fetch("smollm2")
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """A test that draws from torch draws the same each time, whatever ran before it."""
+    if (torch := sys.modules.get("torch")) is not None:  # tests that need none need not wait for it
+        torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
