@@ -138,7 +138,7 @@ class DeviceBinding(Binding):
         return self._advance(ids, rows).outputs["greedy"].numpy().reshape(-1)
 
     def _advance(self, ids: NDArray[np.int64], rows: int, keep: int | None = None) -> _Step:
-        cache, count = self.cache, ids.shape[-1]
+        cache, count, rows = self.cache, ids.shape[-1], rows or 1  # a row of logits costs a device nothing
         total = cache.length + count
         cache.reserve(total)
         if cache.generation != self._generation:

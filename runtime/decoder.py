@@ -28,17 +28,23 @@ def prefill(binding: Binding, tokens: Sequence[int], drafter: Drafter | None = N
 
     The `drafter` is told of each chunk.
     """
-    ids = np.asarray(tokens, np.int64)
-    binding.cache.reserve(binding.cache.length + len(ids))
-    logits = None
+    assert tokens, "prefill needs a token"
+    binding.cache.reserve(binding.cache.length + len(tokens))
     size = getattr(binding, "chunk", None) or PREFILL_CHUNK
-    for start in range(0, len(ids), size):
-        chunk = ids[start : start + size]
-        logits = binding.run(chunk)
-        if drafter is not None:
-            drafter.accept(chunk.tolist(), binding.hidden)
-    assert logits is not None, "prefill needs a token"
-    return logits[-1]
+    last = (len(tokens) - 1) // size * size
+    for start in range(0, last, size):
+        ingest(binding, tokens[start : start + size], drafter)
+    return ingest(binding, tokens[last:], drafter, rows=1)[-1]
+
+
+def ingest(
+    binding: Binding, tokens: Sequence[int], drafter: Drafter | None = None, rows: int = 0
+) -> NDArray[np.float32]:
+    """Append one chunk; returns the logits [rows, vocab] after its last `rows` tokens: the head sees no others."""
+    logits = binding.run(np.asarray(tokens, np.int64), rows)
+    if drafter is not None:
+        drafter.accept(list(tokens), binding.hidden)
+    return logits
 
 
 def decode(
