@@ -71,7 +71,7 @@ def study(checkpoint: Checkpoint, windows: np.ndarray, goal: Goal, stage: Stage 
         gradient = sweep_back(stream, statistics, pricer, progress=progress)
     head = stream.head()
     with torch.no_grad():
-        sites = [*pricer.sites, price_head(checkpoint, head, statistics, FORMATS, gradient, stream.head_weight)]
+        sites = [*pricer.sites, price_head(checkpoint, head, statistics, gradient, stream.head_weight)]
     with stage("timing kernels") as progress:
         table = _table(sites, config, goal, progress)
     return Study(statistics, sites, table, head)

@@ -77,8 +77,8 @@ TARGETS = {
             "cpu",
             "CPUExecutionProvider",
             "cpu",
-            {"fp32": ("none", "w8a8", *_NBITS)},
-            _operators("fp32") | {"AveragePool": ("fp32",)},
+            {"fp32": ("none", "w8a8", "w8a8-token", *_NBITS)},
+            _operators("fp32") | dict.fromkeys(("AveragePool", "Abs", "ReduceMax", "Max", "Div"), ("fp32",)),
             largest_head=1 << 16,
         ),
         Target(
