@@ -27,11 +27,12 @@ from dsopt.compiler.search import (
     formats_of,
     options,
     pareto,
+    price_option,
     search,
     solve,
 )
 from dsopt.compiler.sensitivity import sweep_back
-from dsopt.compiler.sites import FORMATS, Pricer, Site, price_head
+from dsopt.compiler.sites import Pricer, Site, price_head
 from dsopt.compiler.stream import BlockStream
 from dsopt.runtime.artifact import Manifest, open_artifact
 from dsopt.runtime.errors import DsoptError
@@ -212,7 +213,11 @@ def _record(found: Study, goal: Goal, best: Round, rounds: list[Round]) -> dict[
         "goal": dataclasses.asdict(goal),
         "rounds": [_point(r.assignment) | {"measured": r.measured, "chosen": r is best} for r in rounds],
         "pareto": [_point(made) for made in curve],
-        "uniform": {str(form): _point(made) for form in FORMATS if (made := _uniform(found, goal, form)) is not None},
+        "uniform": {
+            word: _point(made)
+            for word in ("w8a8", "int8", "int4-min", "int4-zp")
+            if (made := _uniform(found, goal, Format.parse(word))) is not None
+        },
     }
 
 
@@ -221,22 +226,28 @@ def _point(made: Assignment) -> dict[str, Any]:
 
 
 def _uniform(found: Study, goal: Goal, form: Format) -> Assignment | None:
-    """The fixed recipe: one format everywhere (the head's as near as it has it), unsmoothed."""
+    """The fixed recipe: one kind of format everywhere, in the fastest blocks, unsmoothed; the head's is 8 bits where it
+    has not that kind."""
     picked: list[Option] = []
     for site in found.sites:
-        alone = dataclasses.replace(site, prices={c: p for c, p in site.prices.items() if c.alpha is None})
-        offered = options([alone], found.table, goal.workload)[0]
-        same = [option for option in offered if option.choice.format == form]
-        if not same and site.layer is not None:
+        plain = [price_option(site, c, found.table, goal.workload) for c in site.prices if c.alpha is None]
+        same = [option for option in plain if _kind(option.choice.format) == _kind(form)]
+        if not same and site.layer is None:
+            same = [option for option in plain if option.choice.format.bits == 8]
+        if not same:
             return None
-        picked += same or offered[:1]
-    pairs = zip(found.sites, picked, strict=True)
+        picked.append(min(same, key=lambda option: option.seconds))
     return Assignment(
-        {site.name: option.choice for site, option in pairs},
+        {site.name: option.choice for site, option in zip(found.sites, picked, strict=True)},
         sum(option.loss for option in picked),
         sum(option.seconds for option in picked),
         sum(option.nbytes for option in picked),
     )
+
+
+def _kind(form: Format) -> Format:
+    """The format but for the size of its blocks."""
+    return dataclasses.replace(form, block=0)
 
 
 def _fixed_bytes(checkpoint: Checkpoint, found: Study) -> int:

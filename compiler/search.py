@@ -100,12 +100,13 @@ def options(sites: Sequence[Site], table: KernelTable, workload: str) -> list[li
     """
     offered = ([c for c in site.prices if workload != "speculative" or c.format.kernel != "w8a8"] for site in sites)
     return [
-        _undominated([_option(site, choice, table, workload) for choice in choices])
+        _undominated([price_option(site, choice, table, workload) for choice in choices])
         for site, choices in zip(sites, offered, strict=True)
     ]
 
 
-def _option(site: Site, choice: Choice, table: KernelTable, workload: str) -> Option:
+def price_option(site: Site, choice: Choice, table: KernelTable, workload: str) -> Option:
+    """What a choice costs: its loss, the seconds of all runs of the workload, its bytes."""
     head = site.layer is None
     seconds = 0.0
     for rows, count in WORKLOADS[workload].items():

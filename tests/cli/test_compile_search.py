@@ -20,7 +20,7 @@ from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.errors import DsoptError, UsageError
 
 NAME = "<b>&tiny"
-SPEEDS = {"w8a8": 1, "int4-zp": 2, "int4-min": 3, "int8": 4}
+SPEEDS = {"w8a8": 1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3, "int8-b64": 3.9, "int8": 4}
 
 
 def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Sequence[Format], **_: Any) -> KernelTable:

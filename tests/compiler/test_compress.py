@@ -23,7 +23,7 @@ from dsopt.runtime.quality import Comparison, session_scorer
 from dsopt.runtime.session import Session
 
 TEXT = np.random.default_rng(0).integers(0, 256, (16, 32))
-SPEEDS = {"w8a8": 1, "int4-zp": 2, "int4-min": 3, "int8": 4}
+SPEEDS = {"w8a8": 1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3, "int8-b64": 3.9, "int8": 4}
 
 
 def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Sequence[Format], **_: Any) -> KernelTable:
@@ -75,7 +75,7 @@ def test_the_artifact_holds_the_budget_and_tells_how(
     assert made.quality["kld_mean"] <= goal.loss
     assert made.quality["tokens"] == HELD * 23
     assert made.search["goal"]["loss"] == goal.loss
-    assert {"int8", "w8a8"} <= set(made.search["uniform"]) <= set(SPEEDS)
+    assert set(made.search["uniform"]) == {"w8a8", "int8", "int4-zp", "int4-min"}
     assert KernelTable.from_json(made.profile or {}).time(64, 32, "int8", 1) > 0
     priced = {node["name"]: node for node in made.nodes if "loss" in node}
     assert len(priced) == 2 * 7 + 1
@@ -101,6 +101,7 @@ def test_prices_tell_more_bits_from_fewer(studied: Callable[..., tuple[Checkpoin
         if site.layer is not None:
             assert prices["int4-min"] < 2 * prices["int4-zp"]
             assert {f"w8a8 smoothed {alpha:g}" for alpha in site.scales} < set(prices)
+            assert ("w8a8-token" in prices) == site.name.endswith(("o_proj", "down_proj"))
 
 
 @pytest.mark.parametrize("tied", [True, False])

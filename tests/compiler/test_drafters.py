@@ -304,6 +304,8 @@ def test_a_drafter_that_was_changed_or_moved_is_refused(compile_pair: Callable[.
             open_draft(draft, weights)
     (draft / "draft.json").write_text(text)
     with (draft / "block.onnx.data").open("r+b") as file:
-        file.write(b"x")
+        (first,) = file.read(1)
+        file.seek(0)
+        file.write(bytes([first ^ 1]))
     with pytest.raises(DsoptError, match=r"block\.onnx\.data: missing or changed"):
         open_draft(draft, weights)

@@ -182,6 +182,9 @@ RECIPES = {
     "int4": PACKED + TABLE + Counter(MatMulNBits=9),
     "int8-zp": PACKED + TABLE + Counter(MatMulNBits=9),
     "w8a8": PACKED + TABLE + Counter(DynamicQuantizeMatMul=8, MatMulNBits=1),
+    "w8a8-token": PACKED
+    + TABLE
+    + Counter(DynamicQuantizeMatMul=8, MatMulNBits=1, Abs=8, ReduceMax=8, Max=8, Div=8, Mul=8),
     "w8a8,head=w8a8": PACKED + TABLE + Counter(DynamicQuantizeMatMul=9),
     "int4,embed=none": PACKED + Counter(MatMulNBits=9, Gather=1),
     "int4,qkv=w8a8,down=int8,head=none": PACKED
@@ -207,7 +210,7 @@ def test_fusing_leaves_quantized_numbers_alone(
     recipe: str, bound: Callable[..., ir.Model], logits: Callable[..., np.ndarray]
 ) -> None:
     model = bound()
-    *quantize, pack, fuse = pipeline(Recipe.parse(recipe))
+    *quantize, pack, fuse, _ = pipeline(Recipe.parse(recipe))
     for step in quantize:
         step(model)
     before = logits(model)
