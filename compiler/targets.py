@@ -33,6 +33,7 @@ class Target:
     largest_head: int  # values of an attention head
     fuses_qk_norms: bool = False  # whether attention takes the norms of queries and keys
     caches: tuple[str, ...] = ("float",)  # of keys and values: float is the type of the rest
+    rounds_activations: bool = True  # whether weight-only kernels make int8 of their inputs
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -90,6 +91,7 @@ TARGETS = {
             largest_head=256,
             fuses_qk_norms=True,
             caches=("float", "fp8"),
+            rounds_activations=False,
         ),
     )
 }
