@@ -84,6 +84,8 @@ class Job:
 
             goal = Goal.parse(order.loss, order.size, order.workload)
         checkpoint = open_checkpoint(model, progress=note)
+        if goal is None and order.searches:
+            recipe = _keep_float8(checkpoint, recipe, target)
         return cls(checkpoint, recipe, target, pruning, _open_drafter(order.draft), order, goal)
 
     @property
@@ -185,6 +187,20 @@ def _is_here(target: str) -> bool:
     from dsopt.runtime.devices import missing_provider
 
     return missing_provider(find_target(target).provider) is None
+
+
+def _keep_float8(checkpoint: "Checkpoint", recipe: "Recipe", target: str) -> "Recipe":
+    """What auto is where nothing is searched: float8 weights stay what they are on a target that has a kernel."""
+    from dsopt.compiler.fp8 import Fp8Tensor
+    from dsopt.compiler.recipe import Recipe
+    from dsopt.compiler.targets import find_target
+
+    tensors = checkpoint.tensors
+    coded = any(isinstance(tensor, Fp8Tensor) for tensor in tensors.values())
+    if not coded or "fp8" not in find_target(target).linears[recipe.dtype]:
+        return recipe
+    head = "" if isinstance(tensors.get("lm_head.weight"), Fp8Tensor) else ",head=none"
+    return Recipe.parse(f"fp8{head}").with_dtype(recipe.dtype)
 
 
 _PROFILES = "--profile names the dsopt.json of a model that a search compiled"
