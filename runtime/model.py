@@ -248,7 +248,7 @@ class Stream:
         state.cache.reserve(len(prompt))
         chunk = binding.chunk or sessions.PREFILL_CHUNK
         while len(prompt) - state.cache.length > chunk and not self._cancelled:
-            prefill(binding, prompt[state.cache.length :][:chunk])
+            prefill(binding, prompt[state.cache.length :][:chunk], candidates=min(binding.most_candidates, 1))
         if not self._cancelled:
             yield from decode(
                 binding, prompt, choose=self._sampler, limit=self._limit, end=self._model.end, top=self._top

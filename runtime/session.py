@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from dsopt.runtime.artifact import Artifact
 from dsopt.runtime.errors import DsoptError, UsageError
 from dsopt.runtime.kv import CACHE_TYPES, CacheType, KvCache, LayerShape
+from dsopt.runtime.sampling import Candidates
 
 Logits = NDArray[np.float32]
 _FEW = 64  # runs of so few rows keep what is bound for their shape: decoding and verification alternate widths
@@ -140,7 +141,7 @@ class Binding:
     Cache buffers are bound once for each allocation, as past and present alike; a step rebinds only what changes.
     """
 
-    picks = False  # whether `pick` spares the transfer of the logits
+    most_candidates = 0  # that `top` can give: 0 where logits are at hand anyway
     chunk: int | None = None  # rows of a prompt that a run should have at most, where PREFILL_CHUNK is not the best
 
     def __init__(
@@ -176,9 +177,9 @@ class Binding:
         cache.written = total
         return step.logits[0]
 
-    def pick(self, ids: NDArray[np.int64], rows: int = 1) -> NDArray[np.int64]:
-        """As `run`, but returns the tokens with the largest logits, int64 [rows]."""
-        return self.run(ids, rows).argmax(-1)
+    def top(self, ids: NDArray[np.int64], count: int, rows: int = 1, keep: int | None = None) -> list[Candidates]:
+        """As `run`, but of each row only the `count` largest logits, at most `most_candidates`."""
+        raise NotImplementedError("only a device's binding has candidates")
 
     @property
     def hidden(self) -> NDArray[np.float32] | None:

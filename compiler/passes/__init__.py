@@ -2,7 +2,7 @@
 
 import onnx_ir as ir
 
-from dsopt.compiler.passes.emit_greedy import EmitGreedy
+from dsopt.compiler.passes.emit_candidates import EmitCandidates
 from dsopt.compiler.passes.fuse_qk_norms import FuseQkNorms
 from dsopt.compiler.passes.fuse_skip_norms import FuseSkipNorms
 from dsopt.compiler.passes.lower_precision import LowerPrecision
@@ -33,5 +33,5 @@ def pipeline(
     if recipe.cache == "fp8":
         passes.append(QuantizeCache())
     if target.device != "cpu":
-        passes.append(EmitGreedy())
+        passes.append(EmitCandidates())
     return passes

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from toy import Forced, Oracle
 
 from dsopt.runtime import devices
 from dsopt.runtime.artifact import open_artifact
@@ -17,6 +18,7 @@ from dsopt.runtime.errors import DsoptError, UsageError
 from dsopt.runtime.kv import CACHE_TYPES
 from dsopt.runtime.sampling import Sampler, Sampling
 from dsopt.runtime.session import Binding, Session
+from dsopt.runtime.speculate import Speculation, speculate
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "head_dim": 64, "max_position_embeddings": 600}
 IDS = np.random.default_rng(0).integers(0, 300, 60)
@@ -80,25 +82,74 @@ def test_a_full_context_leaves_the_cache_as_it_was(session: Session) -> None:
     assert binding.cache.length == 60
 
 
-def test_picks_are_the_largest_logits(session: Session) -> None:
+@pytest.mark.parametrize("count", [1, 2, 40, 64])
+def test_candidates_are_the_largest_logits(session: Session, count: int) -> None:
     one, other = device_binding(session), device_binding(session)
-    assert one.picks
-    for count in (20, 4, 1):
-        np.testing.assert_array_equal(one.pick(IDS[:count], count), other.run(IDS[:count], count).argmax(-1))
+    assert one.most_candidates == 64
+    for width in (20, 4, 1):
+        whole = other.run(IDS[:width], width)
+        for row, found in zip(whole, one.top(IDS[:width], count, width), strict=True):
+            np.testing.assert_array_equal(found.tokens, np.argsort(-row, kind="stable")[:count])
+            np.testing.assert_array_equal(found.logits, row[found.tokens])
 
 
-def test_decoding_by_picks_is_greedy_decoding(session: Session) -> None:
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "top-k": Sampling(temperature=0.9, top_k=40, seed=3),
+    "all cuts": Sampling(temperature=1.3, top_k=64, top_p=0.8, min_p=0.02, seed=4),
+    "one": Sampling(temperature=1.0, top_k=1, seed=5),
+    "penalty off by its window": Sampling(temperature=0.9, top_k=7, repeat_penalty=1.5, repeat_last_n=0, seed=6),
+}
+
+
+def tokens(binding: Binding, sampling: Sampling, limit: int, end: frozenset[int] = frozenset()) -> list[int]:
     prompt = IDS[:9].tolist()
+    return [s.token for s in decode(binding, prompt, choose=Sampler(sampling), limit=limit, end=end)]
 
-    def tokens(binding: Binding, limit: int, end: frozenset[int] = frozenset()) -> list[int]:
-        return [s.token for s in decode(binding, prompt, choose=Sampler(Sampling()), limit=limit, end=end)]
 
-    picked = tokens(device_binding(session), 12)
-    assert picked == tokens(session.bind(session.new_cache()), 12)
-    assert tokens(device_binding(session), 12, frozenset(picked[5:6])) == picked[: picked.index(picked[5]) + 1]
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_candidates_give_the_tokens_that_all_logits_give(
+    session: Session, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = device_binding(session)
+    whole.most_candidates = 0
+    wanted = tokens(whole, SAMPLINGS[name], 30)
     binding = device_binding(session)
-    assert tokens(binding, 0) == []
+    monkeypatch.setattr(binding, "run", None)  # whoever wants all logits fails
+    assert tokens(binding, SAMPLINGS[name], 30) == wanted
+    if name == "greedy":
+        assert (
+            tokens(device_binding(session), Sampling(), 30, frozenset(wanted[5:6]))
+            == (wanted[: wanted.index(wanted[5]) + 1])
+        )
+    binding = device_binding(session)
+    assert tokens(binding, SAMPLINGS[name], 0) == []
     assert binding.cache.length == 9
+
+
+@pytest.mark.parametrize("name", ["greedy", "top-k"])
+def test_verification_needs_no_more_than_candidates(
+    session: Session, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them where it is greedy: the lead tells near ties."""
+    prompt, counts = IDS[:9].tolist(), set[int]()
+    text = tokens(session.bind(session.new_cache()), SAMPLINGS[name], 24)
+
+    def run(binding: Binding) -> tuple[list[int], int]:
+        speculation = Speculation(Oracle([*prompt, *text], session.vocab_size, 1), Forced(1))
+        steps = speculate(binding, prompt, speculation, sampler=Sampler(SAMPLINGS[name]), limit=24)
+        return [step.token for step in steps], speculation.tally.near_ties
+
+    whole = device_binding(session)
+    whole.most_candidates = 0
+    binding = device_binding(session)
+    top = binding.top
+    monkeypatch.setattr(binding, "run", None)
+    monkeypatch.setattr(binding, "top", lambda ids, count, *rest: counts.add(count) or top(ids, count, *rest))
+    made = run(binding)
+    assert made == run(whole)
+    assert made[0] == text
+    assert counts == {2 if name == "greedy" else 40}
 
 
 def test_a_device_takes_larger_chunks_of_a_prompt(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,11 +163,14 @@ def test_a_device_takes_larger_chunks_of_a_prompt(session: Session, monkeypatch:
     assert widths == [400, 1] * 2
 
 
-def test_sampling_gets_its_logits(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_candidates_cannot_decide_gets_all_logits(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     binding = device_binding(session)
-    monkeypatch.setattr(binding, "pick", None)  # whoever calls it fails
-    for sampling in (Sampling(temperature=1, seed=1), Sampling(repeat_penalty=1.1)):
-        assert len(list(decode(binding, [1, 2, 3], choose=Sampler(sampling), limit=3))) == 3
+    monkeypatch.setattr(binding, "top", None)
+    for options in ({"seed": 1}, {"top_k": 65, "seed": 1}, {"top_p": 0.9}, {"min_p": 0.1}):
+        assert len(list(decode(binding, [1, 2], choose=Sampler(Sampling(temperature=1, **options)), limit=3))) == 3
+    assert len(list(decode(binding, [1, 2], choose=Sampler(Sampling(repeat_penalty=1.1)), limit=3))) == 3
+    steps = list(decode(binding, [1, 2], choose=Sampler(Sampling()), limit=3, top=2))
+    assert all(len(step.top) == 2 for step in steps)
 
 
 def test_a_saved_cache_comes_back(session: Session) -> None:
