@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from dsopt.compiler import package
+from dsopt.compiler.cache_reach import Reach, measure_reach
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.drafters.build import DraftPlan, check_target, plan_drafter, write_drafter
 from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
@@ -99,7 +100,7 @@ def plan(
     if config.tie_word_embeddings:
         TieEmbeddings()(model)
     _bind_weights(model, checkpoint, tied=config.tie_word_embeddings)
-    passes = pipeline(recipe, chosen, evidence)
+    passes = pipeline(recipe, chosen, evidence, _reach(checkpoint, recipe, pruning, report))
     for step in passes[: len(CLEAN)]:
         step(model)
     nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
@@ -126,6 +127,19 @@ def plan(
         return Plan(model, manifest, files)
     drafter = plan_drafter(draft, checkpoint, config, model, recipe)
     return Plan(model, dataclasses.replace(manifest, drafters=(drafter.directory,), taps=taps), files, drafter)
+
+
+def _reach(
+    checkpoint: Checkpoint, recipe: Recipe, pruning: Pruning, report: Callable[[str], None]
+) -> list[Reach] | None:
+    """What a cache in int8 is scaled by: the checkpoint is run for it."""
+    if recipe.cache != "int8":
+        return None
+    if pruning.needs_text:
+        raise DsoptError(f"--quant: cache=int8 is scaled by the whole model, not one pruned by {pruning.text}; leave "
+                         "out one")  # fmt: skip
+    report("measuring keys and values")
+    return measure_reach(checkpoint)
 
 
 def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) -> Manifest:

@@ -81,6 +81,7 @@ TARGETS = {
             {"fp32": ("none", "w8a8", *_NBITS)},
             _operators("fp32") | {"AveragePool": ("fp32",)},
             largest_head=1 << 16,
+            caches=("float", "int8"),
         ),
         Target(
             "cuda",
@@ -90,7 +91,7 @@ TARGETS = {
             _operators("fp16", "bf16"),
             largest_head=256,
             fuses_qk_norms=True,
-            caches=("float", "fp8"),
+            caches=("float", "int8", "fp8"),
             rounds_activations=False,
         ),
     )

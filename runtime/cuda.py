@@ -53,13 +53,11 @@ class DeviceCache(KvCache):
         self.values[name] = ort.OrtValue.ortvalue_from_numpy(host, self._device, 0)
 
     def valid(self) -> dict[str, NDArray[np.float32]]:
-        """The valid part of each buffer, float32 [heads, length, head_dim], to be saved."""
-        self._check_kind()
+        """The valid part of each buffer, float32 [heads, length, head_dim], to be saved; codes of a quantized one."""
         return {name: _widen(value.numpy()[0, :, : self.length]) for name, value in self.values.items()}
 
     def restore(self, saved: dict[str, NDArray[np.float32]], length: int) -> None:
         """Take over what `valid` gave. Raises DsoptError when it does not fit this model."""
-        self._check_kind()
         self.length = 0
         self.reserve(max(length, 1))
         for layer, part in itertools.product(self.layers, ("key", "value")):
@@ -71,10 +69,6 @@ class DeviceCache(KvCache):
             host[0, :, :length] = _narrow(found, self.kind.storage)
             self.values[name].update_inplace(host)
         self.length = length
-
-    def _check_kind(self) -> None:
-        if self.kind.quantized:
-            raise DsoptError("a quantized cache cannot be saved or restored; compile the model without cache=fp8")
 
 
 def _widen(array: NDArray[Any]) -> NDArray[np.float32]:

@@ -18,7 +18,7 @@ from dsopt.runtime.devices import missing_provider
 HERE = Path(__file__).parent
 RECIPES = (
     *("none", "int4", "int8-zp", "none,dtype=bf16", "int4,head=none,dtype=bf16", "fp8,dtype=bf16"),
-    *("int4,cache=fp8", "int8,dtype=bf16,cache=fp8"),
+    *("int4,cache=fp8", "int8,dtype=bf16,cache=fp8", "int4,cache=int8"),
     "int4,dtype=bf16",  # of Qwen3, with its norms inside attention
 )
 SIZES = {"hidden_size": 128, "head_dim": 64, "num_attention_heads": 4, "num_key_value_heads": 1}
