@@ -10,7 +10,7 @@ from dsopt.compiler.reference import Reference
 from dsopt.compiler.self_text import write_windows
 from dsopt.compiler.stream import BlockStream
 
-_WINDOWS, _SIZE = 8, 128
+_WINDOWS, _SIZE = 32, 32
 
 
 @dataclass(frozen=True)
