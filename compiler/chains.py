@@ -133,7 +133,7 @@ class Chain:
             provider = target.provider, cuda_options(options, captured=1)
         options.add_external_initializers(built.names, built.values)
         model = ir.to_proto(ir.Model(built.graph, ir_version=10)).SerializeToString()
-        self._session = ort.InferenceSession(model, options, providers=[provider])
+        self._session = ort.InferenceSession(model, options, providers=[provider], enable_fallback=0)
         self._bound: dict[int, tuple[ort.IOBinding, list[ort.OrtValue]]] = {}
 
     def seconds(self, rows: int) -> float:

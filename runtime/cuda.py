@@ -201,7 +201,9 @@ def cuda_options(session: ort.SessionOptions, captured: int) -> dict[str, str]:
     """Options of the CUDA provider; what belongs to the session is set there.
 
     4- and 8-bit weights whose shape allows it (blocks of 32 without zero points, N a multiple of 64 or 32) are
-    rearranged at load for the CUTLASS kernels, unless $ORT_FPA_INTB_GEMM decides.
+    rearranged at load for the CUTLASS kernels, unless $ORT_FPA_INTB_GEMM decides. They are not stored rearranged
+    (`weight_prepacked`): the order is one card generation's, no function of the wheel makes it without a card, and such
+    a file would run nowhere else.
     """
     if "ORT_FPA_INTB_GEMM" not in os.environ:
         session.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")

@@ -234,10 +234,17 @@ def _load(artifact: Artifact, device: str, captured: int) -> ort.InferenceSessio
 
         providers = [("CUDAExecutionProvider", cuda_options(options, captured))]
     try:
-        return ort.InferenceSession(artifact.graph, options, providers=providers)
+        # Its own fallback would print on stdout and go on, on the CPU.
+        session = ort.InferenceSession(artifact.graph, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         line = str(error).strip().splitlines()[0]
         raise DsoptError(f"{artifact.graph}: ONNX Runtime {ort.__version__} cannot load it: {line}") from error
+    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        from dsopt.runtime.devices import missing_provider
+
+        reason = missing_provider("CUDAExecutionProvider") or "its CUDA provider did not load"
+        raise DsoptError(f"--device cuda: ONNX Runtime {ort.__version__} took the CPU in its place: {reason}")
+    return session
 
 
 def _cache_type(session: ort.InferenceSession) -> CacheType:
