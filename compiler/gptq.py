@@ -66,9 +66,10 @@ def _round_block(w: Tensor, factor: Tensor, grid: Blocks, bits: int) -> tuple[Te
     offset = -scale * zero if grid.rest is None else grid.rest[:, 0] - scale * zero
     inverse = torch.where(scale.abs() < 1e-37, torch.zeros_like(scale), 1 / scale)
     codes, errors = torch.empty_like(w), torch.empty_like(w)
-    for i in range(len(w)):
-        codes[i] = ((w[i] - offset) * inverse).round_().clamp_(0, 2**bits - 1)
-        errors[i] = (w[i] - (codes[i] * scale + offset)) / factor[i, i]
+    for i, (x, code, error, pivot) in enumerate(zip(w, codes, errors, factor.diagonal().tolist(), strict=True)):
+        torch.sub(x, offset, out=code).mul_(inverse).round_().clamp_(0, 2**bits - 1)
+        torch.addcmul(offset, code, scale, out=error)
+        torch.sub(x, error, out=error).div_(pivot)
         if i + 1 < len(w):
-            w[i + 1 :] -= torch.outer(factor[i, i + 1 :], errors[i])
+            w[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
     return codes.T.to(torch.uint8).contiguous(), errors.T

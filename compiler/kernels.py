@@ -13,6 +13,7 @@ import onnx_ir as ir
 from dsopt.compiler.recipe import Format
 
 MICROSOFT = "com.microsoft"
+PER_TOKEN = "dsopt.per_token"  # metadata of a DynamicQuantizeMatMul around which `ScaleRows` puts a scale for each row
 ACCURACY_LEVEL = 4  # activations to int8 per block: the only level with fast CPU kernels
 
 
@@ -57,6 +58,8 @@ def format_of(node: ir.Node) -> Format | None:
         bits, block = (node.attributes[name].as_int() for name in ("bits", "block_size"))
         return Format("nbits", bits, block, zero_points=len(node.inputs) > 3 and node.inputs[3] is not None)
     words = {"FusedMatMul": "none", "DynamicQuantizeMatMul": "w8a8", "MatMulBlockQuantizedFp8Weight": "fp8"}
+    if node.metadata_props.get(PER_TOKEN):
+        return Format.parse("w8a8-token")
     return Format.parse(words[node.op_type]) if node.op_type in words else None
 
 
@@ -69,7 +72,8 @@ def linear_node(form: Format, x: ir.Value | None, weights: Sequence[ir.Value], n
     if form.kernel == "none":
         return ir.node("FusedMatMul", [x, *weights], {"transB": 1}, domain=MICROSOFT)
     if form.kernel == "w8a8":
-        return ir.node("DynamicQuantizeMatMul", [x, *weights], domain=MICROSOFT)
+        marks = {PER_TOKEN: "1"} if form.per_token else None
+        return ir.node("DynamicQuantizeMatMul", [x, *weights], domain=MICROSOFT, metadata_props=marks)
     if form.kernel == "fp8":
         return ir.node("MatMulBlockQuantizedFp8Weight", [x, *weights], {"block_size": form.block}, domain=MICROSOFT)
     attributes = {

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import cache
+from hashlib import sha256
 
 import onnxruntime as ort
 
@@ -28,13 +29,14 @@ _SIZE = 128  # N = K of the layers tried
 def probed(name: str) -> Target:
     """The target of this name with the formats that have a kernel in this ONNX Runtime.
 
-    Where the provider cannot be loaded the record stands. Asked once for each version: in a process of its own, whose
-    thread pool does not become this one's.
+    Where the provider cannot be loaded the record stands. Asked once for each version and entry: in a process of its
+    own, whose thread pool does not become this one's.
     """
     target = find_target(name)
     if missing_provider(target.provider):
         return target
-    path = cache_dir() / "kernels" / f"probe-{name}-{ort.__version__}.json"
+    asked = sha256(repr(sorted(target.linears.items())).encode()).hexdigest()[:8]
+    path = cache_dir() / "kernels" / f"probe-{name}-{ort.__version__}-{asked}.json"
     try:
         return _with_linears(target, path.read_bytes())
     except (OSError, ValueError, AttributeError, TypeError):

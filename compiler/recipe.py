@@ -8,6 +8,7 @@ The first word is the format of every linear layer; `ROLE=FORMAT` overrides it f
                     an integer zero point, and what it misses as weights of the inputs' block means
     w8a8            int8 weights per output channel, activations quantized on the fly: DynamicQuantizeMatMul. The head
                     stays int8 unless said: one activation scale for all rows would make logits depend on their number
+    w8a8-token      the same with a scale for each token, for inputs whose rows differ: of o and down
     fp8             float8 (e4m3) with a scale per 128 inputs: MatMulBlockQuantizedFp8Weight, on CUDA only
 
 with `-b16 ... -b256` for the block size (32 unless said). Roles are q k v o gate up down head embed and the groups
@@ -23,10 +24,15 @@ from typing import Any
 from dsopt.compiler.roles import GROUPS, ROLES
 from dsopt.runtime.errors import UsageError
 
-_PLAIN: dict[str, tuple[Any, ...]] = {"none": (), "w8a8": ("w8a8", 8), "fp8": ("fp8", 8, 128)}
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "none": (),
+    "w8a8": ("w8a8", 8),
+    "w8a8-token": ("w8a8", 8, 0, False, False, True),
+    "fp8": ("fp8", 8, 128),
+}
 CACHES = ("float", "int8", "fp8")
 DTYPES = ("fp32", "fp16", "bf16")
-_FORMAT = re.compile(r"(none|w8a8|fp8|int4|int8)(-zp|-min)?(?:-b(16|32|64|128|256))?")
+_FORMAT = re.compile(r"(none|w8a8-token|w8a8|fp8|int4|int8)(-zp|-min)?(?:-b(16|32|64|128|256))?")
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,7 @@ class Format:
     block: int = 0
     zero_points: bool = False
     minima: bool = False  # a real one for each block; zero_points is set too
+    per_token: bool = False  # of w8a8: a scale for each row of the activations
 
     @classmethod
     def parse(cls, text: str) -> "Format":
@@ -74,7 +81,7 @@ class Format:
 
     def __str__(self) -> str:
         if self.kernel != "nbits":
-            return self.kernel
+            return self.kernel + "-token" * self.per_token
         offset = "-min" if self.minima else "-zp" * self.zero_points
         return f"int{self.bits}{offset}{'' if self.block == 32 else f'-b{self.block}'}"
 

@@ -5,7 +5,9 @@ as one packed kernel. A choice is a weight format and, for kernels that quantize
 of a smoothing.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from torch import Tensor
 from dsopt.compiler.calibrate import InputStatistics, Statistics
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.gptq import inverse_factor, round_weights
-from dsopt.compiler.passes.quantize_linears import is_exact
+from dsopt.compiler.passes.quantize_linears import GPTQ_ROWS, is_exact
 from dsopt.compiler.quantizers import (
     Blocks,
     for_row_chunks,
@@ -29,16 +31,19 @@ from dsopt.compiler.targets import Target
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.session import PREFILL_CHUNK
 
-FORMATS = tuple(Format.parse(text) for text in ("w8a8", "int8", "int4-min", "int4-zp"))
+FORMATS = tuple(
+    Format.parse(text)
+    for text in ("w8a8", "w8a8-token", "int8", "int8-b64", "int8-b128", "int4-min", "int4-zp", "int4-zp-b64")
+)
 # Of a target whose kernels leave activations as they are, where its table has them.
 WEIGHT_ONLY = tuple(
     Format.parse(text)
     for text in ("none", "fp8", "int8", "int8-b128", "int4", "int4-b64", "int4-b128", "int4-zp", "int4-zp-b128")
 )
-ALPHAS = (0.5, 0.65, 0.8)
+ALPHAS = {"w8a8": (0.5, 0.65, 0.8), "w8a8-token": (0.65,)}  # where rows have scales of their own, channels need less
+_UNLIKE = ("o_proj", "down_proj")  # what reads rows that no norm has made alike
 _GROUPS = {"q_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",), "gate_proj": ("gate_proj", "up_proj"),
            "down_proj": ("down_proj",)}  # fmt: skip
-_ROWS = 768  # of a matrix that GPTQ rounds at a time
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,6 @@ class Arithmetic:
     def inputs(self, x: Tensor, form: Format) -> Tensor:
         """What the kernel of `form` makes of activations x [T, K]."""
         return quantize_activations(x, form.block) if self.rounds and form.kernel == "nbits" else x
-
-    def fits(self, form: Format, width: int) -> bool:
-        return form.kernel != "nbits" or width % form.block == 0
 
 
 CPU = Arithmetic(FORMATS)
@@ -123,12 +125,14 @@ class Pricer:
         k = linears[0].x.shape[1]
         site = Site(modules[0], tuple(modules), layer, sum(linear.w.shape[0] for linear in linears), k)
         inputs = self.statistics.input(site.name)
-        for form in self.arithmetic.formats:
+        factor = cache(lambda: inverse_factor(inputs.gram, 1))  # the same for all whole blocks
+        for form in offered_formats(k, self.arithmetic):
             if form.kernel == "w8a8":
-                self._price_smoothed(site, linears, inputs, form)
-            elif self.arithmetic.fits(form, k):
+                if first in _UNLIKE or not form.per_token:
+                    self._price_smoothed(site, linears, inputs, form)
+            else:
                 exact = [self._is_exact(module, form) for module in modules]
-                weights = _rounded(linears, exact, form, inputs, self.arithmetic.floats)
+                weights = _rounded(linears, exact, form, factor, self.arithmetic.floats)
                 x = self.arithmetic.inputs(linears[0].x, form)
                 price = sum(seen.cost(x @ w.T) for seen, w in zip(linears, weights, strict=True))
                 site.prices[Choice(form)] = price
@@ -139,16 +143,23 @@ class Pricer:
 
     def _price_smoothed(self, site: Site, linears: list[Observed], inputs: InputStatistics, form: Format) -> None:
         maxima = column_maxima([linear.w for linear in linears])
-        site.prices[Choice(form)] = _dynamic(linears, torch.ones_like(maxima))
+        site.prices[Choice(form)] = _dynamic(linears, torch.ones_like(maxima), per_token=form.per_token)
         absmax = inputs.absmax
         is_context = site.name.endswith("o_proj")
         if is_context:
             absmax, maxima = shared_channels(absmax, *self.heads), shared_channels(maxima, *self.heads)
-        for alpha in ALPHAS:
+        for alpha in ALPHAS[str(form)]:
             scales = smoothing_scales(absmax, maxima, alpha)
             whole = repeat_channels(scales, *self.heads) if is_context else scales
             site.scales[alpha] = scales
-            site.prices[Choice(form, alpha)] = _dynamic(linears, whole)
+            site.prices[Choice(form, alpha)] = _dynamic(linears, whole, per_token=form.per_token)
+
+
+def offered_formats(k: int, arithmetic: Arithmetic = CPU) -> list[Format]:
+    """What rows of k weights can have. With 8 bits the largest two blocks: smaller ones cost time and spare no loss."""
+    fitting = [form for form in arithmetic.formats if form.kernel != "nbits" or k % form.block == 0]
+    eights = [form for form in fitting if form.kernel == "nbits" and form.bits == 8]
+    return [form for form in fitting if form not in eights[:-2]]
 
 
 def price_head(
@@ -172,11 +183,12 @@ def price_head(
     log_p = (x @ w.T).log_softmax(-1)
     n, k = w.shape
     site = Site(HEAD, (HEAD,), None, n, k, copies=2 if name == f"{HEAD}.weight" else 1)
-    for form in arithmetic.formats:
-        if form.kernel not in ("nbits", "none", "fp8") or form.minima or not arithmetic.fits(form, w.shape[1]):
+    factor = cache(lambda: inverse_factor(statistics.input(HEAD).gram, 1))
+    for form in offered_formats(k, arithmetic):
+        if form.kernel not in ("nbits", "none", "fp8") or form.minima:
             continue
         seen, exact = [Observed(x, w, x, x)], [is_exact(checkpoint.tensors[name], form)]
-        rounded = _rounded(seen, exact, form, statistics.input(HEAD), arithmetic.floats)[0]
+        rounded = _rounded(seen, exact, form, factor, arithmetic.floats)[0]
         log_q = (arithmetic.inputs(x, form) @ rounded.T).log_softmax(-1)
         price = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
         if form.kernel == "nbits":  # beside any other head the embedding stays float
@@ -208,15 +220,19 @@ def quantize_activations(x: Tensor, block: int) -> Tensor:
     return ((blocks / scales).round() * scales).flatten(1)
 
 
-def _dynamic(linears: list[Observed], scales: Tensor) -> float:
-    """The price of DynamicQuantizeMatMul on x / scales: uint8 with one scale and zero point for a chunk of rows."""
-    parts = []
-    for rows in (linears[0].x / scales).split(PREFILL_CHUNK):
+def _dynamic(linears: list[Observed], scales: Tensor, *, per_token: bool) -> float:
+    """The price of DynamicQuantizeMatMul on x / scales: uint8 with one scale and zero point for a chunk of rows.
+
+    `per_token`: each row was divided by its largest value before.
+    """
+    x, parts = linears[0].x / scales, []
+    largest = x.abs().amax(1, keepdim=True).clamp_min(1e-20) if per_token else torch.ones(len(x), 1)
+    for rows in (x / largest).split(PREFILL_CHUNK):
         low, high = rows.amin().clamp_max(0), rows.amax().clamp_min(0)
         step = ((high - low) / 255).clamp_min(1e-30)
         zero = (-low / step).round()
         parts.append(((rows / step).round() + zero).clamp(0, 255).sub(zero) * step)
-    x = torch.cat(parts)
+    x = torch.cat(parts) * largest
     price = 0.0
     for linear in linears:
         codes, steps = quantize_columns(linear.w * scales)
@@ -228,12 +244,12 @@ def _rounded(
     linears: list[Observed],
     exact: list[bool],
     form: Format,
-    inputs: InputStatistics,
+    factor: Callable[[], Tensor],
     floats: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """The weights as the format will hold them, with scales of type `floats`: float32 [N, K] each.
 
-    GPTQ rounds all that read one input at once.
+    GPTQ rounds all that read one input at once; `factor` is the `inverse_factor` of the input's Gram matrix.
     """
     if all(exact):
         return [linear.w for linear in linears]
@@ -249,16 +265,16 @@ def _rounded(
             codes, scales = quantize_fp8(w[start:stop], form.block)
             out[start:stop] = codes.float() * scales.repeat_interleave(form.block, 1)[:, : w.shape[1]]
     elif form.bits < 8:
-        factor = inverse_factor(inputs.gram, form.block)
+        upper = factor()
 
         def work(start: int, stop: int) -> None:
-            out[start:stop] = _values(round_weights(w[start:stop], factor, form), w.shape[1], floats)
+            out[start:stop] = _values(round_weights(w[start:stop], upper, form), w.shape[1], floats)
     else:
 
         def work(start: int, stop: int) -> None:
             out[start:stop] = _values(_nearest(w[start:stop], form), w.shape[1], floats)
 
-    for_row_chunks(len(w), w.shape[1], work, _ROWS)
+    for_row_chunks(len(w), w.shape[1], work, GPTQ_ROWS if form.bits < 8 else None)
     return list(out.split([len(linear.w) for linear in linears]))
 
 

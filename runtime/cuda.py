@@ -139,7 +139,7 @@ class DeviceBinding(Binding):
         return [Candidates(tokens, logits) for tokens, logits in zip(*parts, strict=True)]
 
     def _advance(self, ids: NDArray[np.int64], rows: int, keep: int | None = None, candidates: int = 0) -> _Step:
-        cache, count = self.cache, ids.shape[-1]
+        cache, count, rows = self.cache, ids.shape[-1], rows or 1  # a row of logits costs a device nothing
         total = cache.length + count
         cache.reserve(total)
         if cache.generation != self._generation:

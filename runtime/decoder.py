@@ -47,17 +47,27 @@ def prefill(binding: Binding, tokens: Sequence[int], drafter: Drafter | None = N
 
     The `drafter` is told of each chunk.
     """
-    ids = np.asarray(tokens, np.int64)
-    binding.cache.reserve(binding.cache.length + len(ids))
-    rows: Sequence[Row] = ()
+    assert tokens, "prefill needs a token"
+    binding.cache.reserve(binding.cache.length + len(tokens))
     size = getattr(binding, "chunk", None) or PREFILL_CHUNK
-    for start in range(0, len(ids), size):
-        chunk = ids[start : start + size]
-        rows = advance(binding, chunk, candidates)
-        if drafter is not None:
-            drafter.accept(chunk.tolist(), binding.hidden)
-    assert len(rows), "prefill needs a token"
-    return rows[-1]
+    last = (len(tokens) - 1) // size * size
+    for start in range(0, last, size):
+        ingest(binding, tokens[start : start + size], drafter)
+    return ingest(binding, tokens[last:], drafter, rows=1, candidates=candidates)[-1]
+
+
+def ingest(
+    binding: Binding, tokens: Sequence[int], drafter: Drafter | None = None, rows: int = 0, candidates: int = 0
+) -> Sequence[Row]:
+    """Append one chunk; returns the logits, or candidates, after its last `rows` tokens: the head sees no others.
+
+    Without rows what is returned means nothing; a device keeps its logits then.
+    """
+    candidates = candidates if rows else min(binding.most_candidates, 1)
+    made = advance(binding, np.asarray(tokens, np.int64), candidates, rows)
+    if drafter is not None:
+        drafter.accept(list(tokens), binding.hidden)
+    return made
 
 
 def decode(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from dsopt.runtime import session as sessions
 from dsopt.runtime.artifact import Artifact
-from dsopt.runtime.decoder import Step, decode, prefill
+from dsopt.runtime.decoder import Step, decode, ingest
 from dsopt.runtime.detokenizer import Detokenizer
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.sampling import Sampler, Sampling
@@ -248,7 +248,7 @@ class Stream:
         state.cache.reserve(len(prompt))
         chunk = binding.chunk or sessions.PREFILL_CHUNK
         while len(prompt) - state.cache.length > chunk and not self._cancelled:
-            prefill(binding, prompt[state.cache.length :][:chunk], candidates=min(binding.most_candidates, 1))
+            ingest(binding, prompt[state.cache.length :][:chunk])
         if not self._cancelled:
             yield from decode(
                 binding, prompt, choose=self._sampler, limit=self._limit, end=self._model.end, top=self._top

@@ -7,6 +7,9 @@ from typing import Any
 import numpy as np
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the wheels upload usage data unless told not to
+# The provider's tiled attention is the slower one on a CPU: for 128 rows by half at an empty cache, by a tenth at 4000
+# positions, even from there on. It saves the memory of the scores, which a chunk of a prompt has little of.
+os.environ.setdefault("ORT_GQA_DISABLE_FLASH_ATTENTION", "1")
 
 import onnxruntime as ort
 from numpy.typing import NDArray
@@ -129,7 +132,7 @@ class _Step:
     def __init__(self, count: int, logits: Logits, taps: Mapping[str, int]) -> None:
         self.ids, self.logits = np.empty((1, count), np.int64), logits
         self.taps = [np.empty((1, count, width), np.float32) for width in taps.values()]
-        start = np.array([-logits.shape[1]], np.int64)
+        start = np.array([-logits.shape[1] or count], np.int64)
         self.inputs = {"input_ids": _value(self.ids), "logits_start": _value(start)}
         taps_out = {name: _value(tap) for name, tap in zip(taps, self.taps, strict=True)}
         self.outputs = {"logits": _value(self.logits), **taps_out}
@@ -157,7 +160,7 @@ class Binding:
         self._mask = np.ones((1, 0), np.int64)
 
     def run(self, ids: NDArray[np.int64], rows: int = 1, keep: int | None = None) -> Logits:
-        """Append ids int64 [n]; returns logits float32 [rows, vocab] of the last `rows` of them.
+        """Append ids int64 [n]; returns logits float32 [rows, vocab] of the last `rows` of them, 0 being none.
 
         The array is overwritten by the next run. With `keep` only so many of the positions
         written become valid now, more by `KvCache.extend`. Raises DsoptError when the context is full; on any

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsopt.runtime import session as sessions
-from dsopt.runtime.decoder import Step, advance, candidates_for, make_step, prefill
+from dsopt.runtime.decoder import Step, advance, candidates_for, ingest, make_step
 from dsopt.runtime.drafters import Draft, Drafter
 from dsopt.runtime.sampling import Row, Sampler
 from dsopt.runtime.scheduler import Round, Scheduler, padded
@@ -104,8 +104,10 @@ class _Loop:
         cache.reserve(len(prompt))
         logits, chunk = None, getattr(self._binding, "chunk", None) or sessions.PREFILL_CHUNK
         while cache.length < len(prompt) and not cancelled():
-            logits = prefill(self._binding, prompt[cache.length :][:chunk], drafter, self._candidates)
-        return logits if cache.length == len(prompt) else None
+            tokens = prompt[cache.length :][:chunk]
+            rows = int(cache.length + len(tokens) == len(prompt))
+            logits = ingest(self._binding, tokens, drafter, rows, self._candidates)
+        return logits[-1] if logits is not None and cache.length == len(prompt) else None
 
     def round(self, left: int) -> Generator[Step, None, int]:
         """Draft, verify, and yield what comes of it, at most `left` tokens; returns how many."""

@@ -14,11 +14,12 @@ from dsopt.compiler.passes.pack_projections import PackProjections
 from dsopt.compiler.passes.quantize_cache import QuantizeCache
 from dsopt.compiler.passes.quantize_embedding import QuantizeEmbedding
 from dsopt.compiler.passes.quantize_linears import Evidence, QuantizeLinears
+from dsopt.compiler.passes.scale_rows import ScaleRows
 from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.targets import TARGETS, Target
 
 CLEAN: list[ir.passes.InPlacePass] = [NormalizeLinears()]
-FUSE: list[ir.passes.InPlacePass] = [PackProjections(), FuseSkipNorms()]
+FUSE: list[ir.passes.InPlacePass] = [PackProjections(), FuseSkipNorms(), ScaleRows()]
 
 
 def pipeline(

@@ -104,7 +104,8 @@ def _can_pack(nodes: list[ir.Node | None]) -> bool:
 
 def _kind(node: ir.Node) -> tuple[object, ...]:
     attributes = {name: value.value for name, value in node.attributes.items() if name != "N"}
-    return node.op_type, node.inputs[0], len(node.inputs), tuple(sorted(attributes.items()))
+    marks = tuple(node.metadata_props.items())
+    return node.op_type, node.inputs[0], len(node.inputs), tuple(sorted(attributes.items())), marks
 
 
 def _pack(graph: ir.Graph, projections: list[ir.Node | None], name: str) -> ir.Value:
@@ -120,6 +121,7 @@ def _pack(graph: ir.Graph, projections: list[ir.Node | None], name: str) -> ir.V
     if "N" in attributes:
         attributes["N"] = ir.AttrInt64("N", sum(_outputs(node) for node in nodes))
     packed = ir.Node(first.domain, first.op_type, [first.inputs[0], *weights], list(attributes.values()))
+    packed.metadata_props.update(first.metadata_props)
     packed.name = packed.outputs[0].name = f"{path}/{first.op_type}"
     graph.insert_before(first, packed)
     return packed.outputs[0]

@@ -31,7 +31,7 @@ from dsopt.compiler.smoothing import Scaled
 from dsopt.compiler.weights import Shared, Weight, initializer, lazy
 from dsopt.runtime.errors import DsoptError
 
-_GPTQ_ROWS = 768  # rounded together: enough rows to hide the loop over channels, few enough for the cache
+GPTQ_ROWS = 4096  # rounded together: so many hide the loop over channels; threads with fewer wait for each other
 
 Evidence = Callable[[str], InputStatistics]
 """What is known of a module's input, by module name."""
@@ -168,7 +168,7 @@ def _block_codes(
         def work(start: int, stop: int) -> None:
             keep(start, stop, _fed_back(weight, start, stop, factor, form))
 
-        for_row_chunks(n, k, work, _GPTQ_ROWS)
+        for_row_chunks(n, k, work, GPTQ_ROWS)
     else:
         for_row_chunks(n, k, lambda start, stop: keep(start, stop, _rounded(weight, start, stop, form)))
     return {"codes": codes, "scales": scales, **({"zeros": zeros} if form.zero_points else {})}

@@ -140,3 +140,10 @@ def test_a_prompt_beyond_the_context_is_refused_before_anything_runs(session: Se
     with pytest.raises(DsoptError, match="9 positions are needed, 8 fit"):
         prefill(binding, list(range(9)))
     assert binding.cache.length == 0
+
+
+def test_the_head_sees_nothing_of_a_chunk_that_is_not_the_last(session: Session) -> None:
+    asked, blank = fresh(session), fresh(session)
+    assert asked.run(np.arange(5), rows=1).shape == (1, session.vocab_size)
+    assert blank.run(np.arange(5), rows=0).shape == (0, session.vocab_size)
+    np.testing.assert_array_equal(blank.run(np.array([7])), asked.run(np.array([7])))
