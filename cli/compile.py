@@ -51,6 +51,10 @@ def compile_command(
     ] = None,
     allow_miss: Annotated[bool, typer.Option("--allow-miss", help="Keep the best build though it loses more.")] = False,
     report: Annotated[Path | None, typer.Option(help="Write what auto found as an HTML page.")] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="dsopt.json of a search on the machine that will run it: its kernel times, not this one's."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a compiled model that is in the way.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Print what would be done and its size, as JSON.")] = False,
 ) -> None:
@@ -60,7 +64,7 @@ def compile_command(
     allowed, as measured on text that was not calibrated on. A model compiled before with the same recipe from the
     same files is not compiled again.
     """
-    order = Order(quant, target, dtype, prune, draft, loss, size, workload, calib, allow_miss, report)
+    order = Order(quant, target, dtype, prune, draft, loss, size, workload, calib, allow_miss, report, profile)
     if plan:
         _print_plan(model, order)
         return
@@ -111,13 +115,15 @@ def _search(job: Job, goal: "Goal", directory: Path) -> None:
 def _study(job: Job, goal: "Goal") -> "Study":
     from dsopt.compiler.compress import study
     from dsopt.compiler.corpus import read_windows, self_windows
+    from dsopt.compiler.setting import Setting
 
+    setting = Setting.open(job.checkpoint, job.target, job.recipe.dtype, job.times())
     if job.order.calib:
         windows = read_windows(job.order.calib, job.checkpoint)
     else:
         with _stage("writing text") as progress:
             windows = self_windows(job.checkpoint, progress)
-    return study(job.checkpoint, windows, goal, _stage)
+    return study(job.checkpoint, windows, goal, _stage, setting)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsopt.cli.models import default_directory
 from dsopt.cli.progress import note
+from dsopt.runtime.artifact import MANIFEST
 from dsopt.runtime.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from dsopt.compiler.build import Plan
     from dsopt.compiler.checkpoint import Checkpoint
     from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
+    from dsopt.compiler.kernel_table import KernelTable
     from dsopt.compiler.pruning.options import Pruning
     from dsopt.compiler.recipe import Recipe
     from dsopt.compiler.search import Goal
@@ -39,18 +41,22 @@ class Order:
     calib: Path | None = None
     allow_miss: bool = False
     report: Path | None = None
+    profile: Path | None = None
 
     def __post_init__(self) -> None:
-        searching = (self.loss, self.size, self.workload, self.calib) != (DEFAULT_LOSS, None, "chat", None)
-        if (searching or self.allow_miss or self.report) and not self.searches:
-            raise UsageError(
-                "a search is asked for, but --quant, --prune, --draft or --target leaves nothing to search"
-            )
+        if self.insists and not self.searches:
+            raise UsageError("a search is asked for, but --quant, --prune or --draft leaves nothing to search")
+
+    @property
+    def insists(self) -> bool:
+        """Whether an option is given that only a search has."""
+        given = (self.loss, self.size, self.workload, self.calib) != (DEFAULT_LOSS, None, "chat", None)
+        return given or self.allow_miss or bool(self.report) or bool(self.profile)
 
     @property
     def searches(self) -> bool:
         """Whether formats are chosen by measurement rather than by the recipe."""
-        return self.quant == "auto" and self.prune == "none" and self.draft is None and self.target != "cuda"
+        return self.quant == "auto" and self.prune == "none" and self.draft is None
 
 
 @dataclass(frozen=True)
@@ -72,15 +78,14 @@ class Job:
 
         target, recipe = _target_and_recipe(order)
         pruning = Pruning.parse(order.prune)
-        goal = None
-        order = replace(
-            order, target=target
-        )  # a search is asked for in vain where the target turns out not to have one
-        if order.searches:
+        order, goal = replace(order, target=target), None
+        if order.searches and (order.insists or _is_here(target)):
             from dsopt.compiler.search import Goal
 
             goal = Goal.parse(order.loss, order.size, order.workload)
         checkpoint = open_checkpoint(model, progress=note)
+        if goal is None and order.searches:
+            recipe = _keep_float8(checkpoint, recipe, target)
         return cls(checkpoint, recipe, target, pruning, _open_drafter(order.draft), order, goal)
 
     @property
@@ -93,8 +98,16 @@ class Job:
         words = ["auto", f"loss={self.order.loss}", f"for={self.order.workload}"]
         words += [f"size={self.order.size}"] if self.order.size else []
         if self.order.calib:
-            words.append(f"calib={_digest(self.order.calib)}")
+            words.append(f"calib={_digest(self.order.calib, '--calib names a text file')}")
+        if self.order.profile:
+            words.append(f"profile={_digest(_profile_file(self.order.profile), _PROFILES)}")
+        if self.recipe.dtype != "fp32":
+            words.append(f"dtype={self.recipe.dtype}")
         return ",".join(words)
+
+    def times(self) -> "KernelTable | None":
+        """The kernel times that --profile names. Raises DsoptError where it has none."""
+        return read_profile(self.order.profile) if self.order.profile else None
 
     @property
     def directory(self) -> Path:
@@ -169,14 +182,61 @@ def _target_and_recipe(order: Order) -> "tuple[str, Recipe]":
     return target, recipe.with_dtype(chosen.check_dtype(order.dtype or recipe.said_dtype))
 
 
-def _digest(path: Path) -> str:
+def _is_here(target: str) -> bool:
+    from dsopt.compiler.targets import find_target
+    from dsopt.runtime.devices import missing_provider
+
+    return missing_provider(find_target(target).provider) is None
+
+
+def _keep_float8(checkpoint: "Checkpoint", recipe: "Recipe", target: str) -> "Recipe":
+    """What auto is where nothing is searched: float8 weights stay what they are on a target that has a kernel."""
+    from dsopt.compiler.fp8 import Fp8Tensor
+    from dsopt.compiler.recipe import Recipe
+    from dsopt.compiler.targets import find_target
+
+    tensors = checkpoint.tensors
+    coded = any(isinstance(tensor, Fp8Tensor) for tensor in tensors.values())
+    if not coded or "fp8" not in find_target(target).linears[recipe.dtype]:
+        return recipe
+    head = "" if isinstance(tensors.get("lm_head.weight"), Fp8Tensor) else ",head=none"
+    return Recipe.parse(f"fp8{head}").with_dtype(recipe.dtype)
+
+
+_PROFILES = "--profile names the dsopt.json of a model that a search compiled"
+
+
+def _profile_file(path: Path) -> Path:
+    return path / MANIFEST if path.is_dir() else path
+
+
+def read_profile(path: Path) -> "KernelTable":
+    """The kernel table of a `dsopt.json`, or a directory with one. Raises DsoptError where there is none."""
+    import json
+
+    from dsopt.compiler.kernel_table import KernelTable
+    from dsopt.runtime.errors import DsoptError
+
+    path = _profile_file(path)
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as error:
+        raise DsoptError(f"{path} could not be read ({error.strerror}); {_PROFILES}") from error
+    except (ValueError, RecursionError) as error:
+        raise DsoptError(f"{path} is not JSON ({error}); {_PROFILES}") from error
+    if not isinstance(data, dict) or not data.get("profile"):
+        raise DsoptError(f"{path} has no kernel times; {_PROFILES}")
+    return KernelTable.from_json(data["profile"])
+
+
+def _digest(path: Path, what: str) -> str:
     from dsopt.runtime.errors import DsoptError
     from dsopt.runtime.files import sha256_file
 
     try:
         return sha256_file(path)[:8]
     except OSError as error:
-        raise DsoptError(f"{path} could not be read ({error.strerror}); --calib names a text file") from error
+        raise DsoptError(f"{path} could not be read ({error.strerror}); {what}") from error
 
 
 def _open_drafter(draft: str | None) -> "DraftCheckpoint | None":

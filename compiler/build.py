@@ -12,10 +12,12 @@ from typing import Any
 import onnx_ir as ir
 
 from dsopt.compiler import package
+from dsopt.compiler.cache_reach import Reach, measure_reach
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.drafters.build import DraftPlan, check_target, plan_drafter, write_drafter
 from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
 from dsopt.compiler.export import export
+from dsopt.compiler.fp8 import Fp8Tensor
 from dsopt.compiler.gguf import FLOAT_TYPES, GgufTensor
 from dsopt.compiler.models import find_family
 from dsopt.compiler.passes import CLEAN, pipeline
@@ -98,7 +100,7 @@ def plan(
     if config.tie_word_embeddings:
         TieEmbeddings()(model)
     _bind_weights(model, checkpoint, tied=config.tie_word_embeddings)
-    passes = pipeline(recipe, chosen, evidence)
+    passes = pipeline(recipe, chosen, evidence, _reach(checkpoint, recipe, pruning, report))
     for step in passes[: len(CLEAN)]:
         step(model)
     nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
@@ -125,6 +127,19 @@ def plan(
         return Plan(model, manifest, files)
     drafter = plan_drafter(draft, checkpoint, config, model, recipe)
     return Plan(model, dataclasses.replace(manifest, drafters=(drafter.directory,), taps=taps), files, drafter)
+
+
+def _reach(
+    checkpoint: Checkpoint, recipe: Recipe, pruning: Pruning, report: Callable[[str], None]
+) -> list[Reach] | None:
+    """What a cache in int8 is scaled by: the checkpoint is run for it."""
+    if recipe.cache != "int8":
+        return None
+    if pruning.needs_text:
+        raise DsoptError(f"--quant: cache=int8 is scaled by the whole model, not one pruned by {pruning.text}; leave "
+                         "out one")  # fmt: skip
+    report("measuring keys and values")
+    return measure_reach(checkpoint)
 
 
 def write(plan: Plan, out: Path, *, progress: package.Progress | None = None) -> Manifest:
@@ -161,15 +176,21 @@ def _check_draft(draft: DraftCheckpoint, config: Any, target: str, pruning: Prun
 
 
 def _rounded_again(checkpoint: Checkpoint, nodes: list[dict[str, Any]]) -> list[str]:
-    """A line for each quantized type of the checkpoint whose weights another format will hold: a loss of its own."""
+    """A line for each quantized type of the checkpoint whose weights another format will hold: a loss of its own.
+
+    Codes that become floats lose nothing; but a checkpoint in float8 is chosen for its size, so that is said too.
+    """
     counts: Counter[tuple[str, str]] = Counter()
     for node in nodes:
         name = "model.embed_tokens" if f"{node['name']}.weight" not in checkpoint.tensors else node["name"]
         tensor, form = checkpoint.tensors[f"{name}.weight"], Format.parse(node["format"])
-        if isinstance(tensor, GgufTensor) and tensor.dtype not in FLOAT_TYPES and form.kernel != "none":
+        coded = isinstance(tensor, GgufTensor) and tensor.dtype not in FLOAT_TYPES and form.kernel != "none"
+        if coded or isinstance(tensor, Fp8Tensor):
             counts[(tensor.dtype, node["format"])] += not is_exact(tensor, form)
     return [
-        f"{count} weights stored as {dtype} are rounded again to {form}; dsopt compare tells what that costs"
+        f"{count} weights stored as {dtype} become floats; --target cuda --quant fp8 keeps them"
+        if form == "none"
+        else f"{count} weights stored as {dtype} are rounded again to {form}; dsopt compare tells what that costs"
         for (dtype, form), count in counts.items()
         if count
     ]

@@ -19,7 +19,6 @@ from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.profile import measure
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.search import (
-    WORKLOADS,
     Assignment,
     Goal,
     Option,
@@ -28,10 +27,12 @@ from dsopt.compiler.search import (
     options,
     pareto,
     price_option,
+    rows_of,
     search,
     solve,
 )
 from dsopt.compiler.sensitivity import sweep_back
+from dsopt.compiler.setting import HERE, Setting
 from dsopt.compiler.sites import Pricer, Site, price_head
 from dsopt.compiler.stream import BlockStream
 from dsopt.runtime.artifact import Manifest, open_artifact
@@ -52,6 +53,7 @@ class Study:
     sites: list[Site]
     table: KernelTable
     head: torch.nn.Module
+    setting: Setting
 
     def options(self, goal: Goal) -> list[list[Option]]:
         return options(self.sites, self.table, goal.workload)
@@ -61,30 +63,39 @@ def no_stage(_label: str) -> AbstractContextManager[Progress]:
     return nullcontext(lambda done, total: None)
 
 
-def study(checkpoint: Checkpoint, windows: np.ndarray, goal: Goal, stage: Stage = no_stage) -> Study:
+def study(
+    checkpoint: Checkpoint,
+    windows: np.ndarray,
+    goal: Goal,
+    stage: Stage = no_stage,
+    setting: Setting = HERE,
+) -> Study:
     """Statistics, prices and times. `windows` int64 [windows, tokens]; the last HELD are kept for judging."""
     stream = BlockStream(checkpoint)
     config = stream.config
     with stage("calibrating") as progress:
         statistics = calibrate(stream, windows, HELD, progress)
-    pricer = Pricer(checkpoint, statistics, config.num_attention_heads, config.num_key_value_heads)
+    pricer = Pricer(checkpoint, statistics, config.num_attention_heads, config.num_key_value_heads, setting.arithmetic)
     with stage("pricing errors") as progress:
         gradient = sweep_back(stream, statistics, pricer, progress=progress)
     head = stream.head()
     with torch.no_grad():
-        sites = [*pricer.sites, price_head(checkpoint, head, statistics, gradient, stream.head_weight)]
+        sites = [
+            *pricer.sites,
+            price_head(checkpoint, head, statistics, setting.arithmetic, gradient, stream.head_weight),
+        ]
     with stage("timing kernels") as progress:
-        table = _table(sites, config, goal, progress)
-    return Study(statistics, sites, table, head)
+        table = setting.table or _table(sites, config, goal, setting, progress)
+    return Study(statistics, sites, table, head, setting)
 
 
-def _table(sites: list[Site], config: Any, goal: Goal, progress: Progress) -> KernelTable:
+def _table(sites: list[Site], config: Any, goal: Goal, setting: Setting, progress: Progress) -> KernelTable:
     shapes = list(dict.fromkeys((site.n, site.k) for site in sites))
-    rows = sorted({1, 4, 8, 128, *WORKLOADS[goal.workload]} - {5})
+    rows = sorted({1, 4, 8, 128, *rows_of(goal.workload, setting.target)} - {5})
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     body = Body(config.hidden_size, config.intermediate_size, heads, kv_heads, config.head_dim)
     forms = list(dict.fromkeys(choice.format for site in sites for choice in site.prices))
-    return measure(shapes, rows, forms, body=body, progress=progress)
+    return measure(shapes, rows, forms, target=setting.target, dtype=setting.dtype, body=body, progress=progress)
 
 
 def compress(
@@ -150,11 +161,12 @@ def _counted(made: Assignment) -> dict[str, int]:
 
 
 def _build(checkpoint: Checkpoint, found: Study, made: Assignment, out: Path, text: str, stage: Stage) -> None:
-    recipe = Recipe(text, Format("nbits", 8, 32), modules=formats_of(found.sites, made))
+    recipe = Recipe(text, Format("nbits", 8, 32), modules=formats_of(found.sites, made), dtype=found.setting.dtype)
     scales = {
         site.name: site.scales[alpha] for site in found.sites if (alpha := made.choices[site.name].alpha) is not None
     }
-    plan = build.plan(checkpoint, recipe, evidence=found.statistics.input, smoothing=scales)
+    evidence = found.statistics.input
+    plan = build.plan(checkpoint, recipe, target=found.setting.target, evidence=evidence, smoothing=scales)
     with stage("writing weights") as progress:
         build.write(plan, out, progress=progress)
 
@@ -162,7 +174,7 @@ def _build(checkpoint: Checkpoint, found: Study, made: Assignment, out: Path, te
 def judge(found: Study, directory: Path, progress: Progress = lambda done, total: None) -> dict[str, float]:
     """The quantities of `dsopt compare` on the windows held out, against the float32 model."""
     windows, hidden = found.statistics.held_out()
-    score, comparison = session_scorer(Session(open_artifact(directory))), Comparison()
+    score, comparison = session_scorer(Session(open_artifact(directory), device=found.setting.device)), Comparison()
     for number, (ids, states) in enumerate(zip(windows, hidden, strict=True), 1):
         first = len(ids) // 4  # with some context before them
         with torch.inference_mode():
@@ -214,9 +226,9 @@ def _record(found: Study, goal: Goal, best: Round, rounds: list[Round]) -> dict[
         "rounds": [_point(r.assignment) | {"measured": r.measured, "chosen": r is best} for r in rounds],
         "pareto": [_point(made) for made in curve],
         "uniform": {
-            word: _point(made)
-            for word in ("w8a8", "int8", "int4-min", "int4-zp")
-            if (made := _uniform(found, goal, Format.parse(word))) is not None
+            str(dataclasses.replace(kind, block=32)): _point(made)
+            for kind in dict.fromkeys(_kind(choice.format) for site in found.sites for choice in site.prices)
+            if (made := _uniform(found, goal, kind)) is not None
         },
     }
 
@@ -253,6 +265,7 @@ def _kind(form: Format) -> Format:
 def _fixed_bytes(checkpoint: Checkpoint, found: Study) -> int:
     """Of an artifact's graph and weights, what no choice changes: norms, rotary tables, the graph itself."""
     config = BlockStream(checkpoint).config
-    norms = sum(4 * tensor.shape[0] for tensor in checkpoint.tensors.values() if len(tensor.shape) == 1)
-    tables = 4 * config.max_position_embeddings * config.head_dim
+    width = found.table.float_bytes
+    norms = sum(width * tensor.shape[0] for tensor in checkpoint.tensors.values() if len(tensor.shape) == 1)
+    tables = width * config.max_position_embeddings * config.head_dim
     return norms + tables + 2500 * len(found.sites) + (1 << 16)

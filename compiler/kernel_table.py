@@ -26,6 +26,26 @@ class KernelTable:
     cells: Mapping[Cell, float]
     bodies: Mapping[int, float] = field(default_factory=dict)  # rows -> seconds of one block without its linears
 
+    @property
+    def target(self) -> str:
+        """The name of the target whose kernels were timed."""
+        return str(self.machine.get("target", "cpu"))
+
+    @property
+    def dtype(self) -> str:
+        """Of the activations."""
+        return str(self.machine.get("dtype", "fp32"))
+
+    @property
+    def float_bytes(self) -> int:
+        """Of a float of the graphs that it is for."""
+        return 4 if self.dtype == "fp32" else 2
+
+    @property
+    def formats(self) -> frozenset[str]:
+        """What was timed."""
+        return frozenset(form for _, _, form, _ in self.cells)
+
     def time(self, n: int, k: int, format: Format | str, rows: float) -> float:
         """Seconds of one layer; between measured rows and beyond them along the line through the two nearest.
 

@@ -24,9 +24,11 @@ ROWS = (1, 2, 4, 8, 16, 128, 512)
 FORMATS = ("none", "int4", "int4-zp", "int4-b64", "int4-b128", "int8", "int8-b64", "w8a8", "fp8")
 PAST = 256  # cached positions behind which attention is timed
 
-_TRAFFIC = 64 << 20  # bytes of weights a run reads at least: more than a cache holds
+_TRAFFIC = 64 << 20  # bytes of weights a run reads at least: more than a cache holds,
+_DEVICE_TRAFFIC = 256 << 20  # a card's of 50 MB too
 _FEW_ROWS = 32  # from here on arithmetic hides the reading, and a short chain tells as much
 _SHORT, _LONGEST, _BODIES = 2, 400, 8  # copies then, at most, and of blocks
+_DEVICE_SHORT = 8  # a card takes microseconds where the call around it takes tens of them
 _MOST = {"cpu": 1 << 33, "cuda": 1 << 37}  # multiplications of a cell; larger ones are left to extrapolation
 _ROUNDS = 3, 10  # at least, at most; the first is slower, it warms up
 
@@ -64,7 +66,7 @@ def measure(
 
     def make(cell: Cell) -> Chain:
         n, k, form, few = cell
-        return linear_chain(Format.parse(form), n, k, _copies(form, n, k, few), chosen, floats)
+        return linear_chain(Format.parse(form), n, k, _copies(form, n, k, few, chosen.device), chosen, floats)
 
     deadline, total = time.perf_counter() + budget, sum(map(len, groups))
     for number, cells in enumerate(groups):
@@ -88,11 +90,11 @@ def _by_shape(cells: Iterable[Cell]) -> list[list[Cell]]:
     return list(groups.values())
 
 
-def _copies(form: str, n: int, k: int, rows: int) -> int:
+def _copies(form: str, n: int, k: int, rows: int, device: str) -> int:
     if rows >= _FEW_ROWS:
-        return _SHORT
-    nbytes = Format.parse(form).nbytes(n, k)
-    return min(-(-_TRAFFIC // nbytes), _LONGEST)
+        return _SHORT if device == "cpu" else _DEVICE_SHORT
+    nbytes = Format.parse(form).nbytes(n, k, 4 if device == "cpu" else 2)
+    return min(-(-(_TRAFFIC if device == "cpu" else _DEVICE_TRAFFIC) // nbytes), _LONGEST)
 
 
 def _least(cells: Sequence[Cell], make: Callable[[Cell], Chain], seconds: float) -> dict[Cell, float]:

@@ -168,14 +168,6 @@ def quantize_fp8(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
     return codes.to(torch.float8_e4m3fn), scales
 
 
-def repeat_square_scales(scales: Tensor, rows: int, block: int = 128) -> Tensor:
-    """DeepSeek's scales, one a square [ceil(N / block), ceil(K / block)] -> one a row and block [N, ceil(K / block)].
-
-    The codes stay as they are: a row's block of a square has the square's scale (arXiv:2412.19437, section 3.3.2).
-    """
-    return scales.repeat_interleave(block, 0)[:rows]
-
-
 def for_row_chunks(rows: int, width: int, work: Callable[[int, int], None], step: int | None = None) -> None:
     """Call `work(start, stop)` for chunks of rows on all cores; tensor operations inside run single-threaded."""
     step = step or max(1, _CHUNK // width)

@@ -13,7 +13,7 @@ The first word is the format of every linear layer; `ROLE=FORMAT` overrides it f
 
 with `-b16 ... -b256` for the block size (32 unless said). Roles are q k v o gate up down head embed and the groups
 qkv, attn, mlp. `dtype=fp16` or `dtype=bf16` is the type of everything else, float32 unless said;
-`cache=fp8` stores keys and values in 8 bits, on CUDA only.
+`cache=int8` stores keys and values in 8 bits with a scale a channel, `cache=fp8` in float8, on CUDA only.
 """
 
 import re
@@ -30,7 +30,7 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "w8a8-token": ("w8a8", 8, 0, False, False, True),
     "fp8": ("fp8", 8, 128),
 }
-CACHES = ("float", "fp8")
+CACHES = ("float", "int8", "fp8")
 DTYPES = ("fp32", "fp16", "bf16")
 _FORMAT = re.compile(r"(none|w8a8-token|w8a8|fp8|int4|int8)(-zp|-min)?(?:-b(16|32|64|128|256))?")
 
@@ -101,7 +101,7 @@ class Recipe:
     roles: Mapping[str, Format] = field(default_factory=dict)
     modules: Mapping[str, Format] = field(default_factory=dict)  # by module name; goes before the role
     dtype: str = "fp32"
-    cache: str = "float"  # float: as dtype | fp8
+    cache: str = "float"  # float: as dtype | int8 | fp8
 
     @classmethod
     def parse(cls, text: str) -> "Recipe":

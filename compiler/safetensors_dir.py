@@ -10,6 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dsopt.compiler.checkpoint import Checkpoint, Source, Tensor
+from dsopt.compiler.fp8 import DTYPE as FP8
+from dsopt.compiler.fp8 import join_scales, read_codes, read_square
 from dsopt.runtime.errors import DsoptError
 
 SINGLE = "model.safetensors"
@@ -30,9 +32,11 @@ class SafetensorsTensor(Tensor):
     path: Path
 
     def _rows(self, start: int, stop: int) -> np.ndarray:
-        if self.dtype not in _ITEM_BYTES:
+        if self.dtype not in (*_ITEM_BYTES, FP8):
             raise DsoptError(_unreadable(self.path, self.name, self.dtype))
         try:
+            if self.dtype == FP8:
+                return read_codes(self.path, self.name, start, stop)
             with safe_open(self.path, "np") as file:
                 return file.get_slice(self.name)[start:stop] if self.shape else file.get_tensor(self.name)
         except (OSError, SafetensorError) as error:
@@ -42,19 +46,15 @@ class SafetensorsTensor(Tensor):
 def open_safetensors_dir(path: Path, *, kind: str, name: str) -> Checkpoint:
     """Open the directory `path` without reading a weight.
 
-    Raises DsoptError for: a missing or malformed file, pickled or quantized weights, an index that names
-    files elsewhere, a missing or truncated shard, a dtype other than F32, F16 and BF16.
+    Raises DsoptError for: a missing or malformed file, pickled weights, quantized ones but for float8 with a scale a
+    square, an index that names files elsewhere, a missing or truncated shard, a dtype other than F32, F16 and BF16.
     """
     config = read_json(path / "config.json")
-    if "quantization_config" in config:
-        method = (config["quantization_config"] or {}).get("quant_method", "unknown")
-        raise DsoptError(
-            f"{path}: the weights are already quantized (quant_method {method!r}); "
-            "give the original F32, F16 or BF16 checkpoint"
-        )
+    square = read_square(config, path) if "quantization_config" in config else None
     files = _tokenizer_files(path)
-    tensors = open_tensors(path)
-    shards = {tensor.path for tensor in tensors.values()}
+    stored = open_tensors(path, fp8=square is not None)
+    tensors = join_scales(stored, square, path) if square else stored
+    shards = {tensor.path for tensor in stored.values()}
     beside = [p for p in (path / "config.json", *(path / file for file in files)) if p.exists()]
     source = Source(kind, name, path, content=tuple(sorted({*shards, *beside})))
     return Checkpoint(source, config, tensors, files)
@@ -111,18 +111,28 @@ def _chat_template(path: Path) -> str | None:
     raise DsoptError(f"{path / 'tokenizer_config.json'}: chat_template is a {type(template).__name__}, not text")
 
 
-def open_tensors(path: Path) -> dict[str, SafetensorsTensor]:
-    """The tensors of a directory by name, unread. Raises DsoptError as `open_safetensors_dir` does."""
+def open_tensors(path: Path, *, fp8: bool = False) -> dict[str, SafetensorsTensor]:
+    """The tensors of a directory by name, unread; those in float8 only with `fp8`, as bare codes. Raises DsoptError as
+    `open_safetensors_dir` does."""
     if (path / SINGLE).exists():
-        return _open_shard(path / SINGLE)
+        return _checked(_open_shard(path / SINGLE), fp8)
     if (path / INDEX).exists():
-        return _open_index(path)
+        return _checked(_open_index(path), fp8)
     if pickles := sorted(file.name for pattern in _PICKLES for file in path.glob(pattern)):
         raise DsoptError(
             f"{path}: {pickles[0]} holds pickled weights, which can run code when loaded; "
             "convert them to safetensors (transformers' save_pretrained does)"
         )
     raise DsoptError(f"{path} has no weights: neither {SINGLE} nor {INDEX}")
+
+
+def _checked(tensors: dict[str, SafetensorsTensor], fp8: bool) -> dict[str, SafetensorsTensor]:
+    for tensor in tensors.values():
+        # Other types are found among buffers that no layer multiplies by (masks, positions): those stand unread.
+        known = tensor.dtype in _ITEM_BYTES or (fp8 and tensor.dtype == FP8)
+        if not known and tensor.name.endswith(".weight"):
+            raise DsoptError(_unreadable(tensor.path, tensor.name, tensor.dtype))
+    return tensors
 
 
 def _open_index(path: Path) -> dict[str, SafetensorsTensor]:
@@ -167,9 +177,6 @@ def _open_shard(path: Path) -> dict[str, SafetensorsTensor]:
 
 
 def _declare(path: Path, name: str, shape: tuple[int, ...], dtype: str) -> SafetensorsTensor:
-    # Other types are found among buffers that no layer multiplies by (masks, positions): those stand unread.
-    if dtype not in _ITEM_BYTES and name.endswith(".weight"):
-        raise DsoptError(_unreadable(path, name, dtype))
     nbytes = int(np.prod(shape, dtype=np.int64)) * _ITEM_BYTES.get(dtype, 1)
     return SafetensorsTensor(name, shape, dtype, nbytes, path)
 

@@ -16,6 +16,7 @@ from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.sites import Choice, Site
 from dsopt.runtime.errors import DsoptError, UsageError
+from dsopt.runtime.session import PREFILL_CHUNK
 
 # How often a layer runs with how many rows, for one use: a prompt of 512 tokens and 128 of answer; a token; a prompt;
 # eight sequences at once; rounds that verify four drafted tokens.
@@ -26,6 +27,7 @@ WORKLOADS = {
     "batch": {8: 1},
     "speculative": {5: 3, 1: 1},
 }
+_PROMPT = 512  # rows of a device's run over a prompt, which is not cut into chunks
 ROUNDS = 3
 _OPTIMISM = 1.8  # what builds lose beside their estimates, before one was measured: 1.5 to 2.0 on SmolLM2
 _BINS = 4000  # of the budget; a loss is rounded up to the next
@@ -92,6 +94,15 @@ class Option:
     nbytes: int
 
 
+def rows_of(workload: str, target: str = "cpu") -> dict[int, int]:
+    """How often a layer runs with how many rows, on this target."""
+    work = WORKLOADS[workload]
+    if target == "cpu":
+        return work
+    return {_PROMPT if m == PREFILL_CHUNK else m: -(-n * m // _PROMPT) if m == PREFILL_CHUNK else n
+            for m, n in work.items()}  # fmt: skip
+
+
 def options(sites: Sequence[Site], table: KernelTable, workload: str) -> list[list[Option]]:
     """What can be chosen at each site, without what is worse than another in loss, time and size alike.
 
@@ -107,12 +118,11 @@ def options(sites: Sequence[Site], table: KernelTable, workload: str) -> list[li
 
 def price_option(site: Site, choice: Choice, table: KernelTable, workload: str) -> Option:
     """What a choice costs: its loss, the seconds of all runs of the workload, its bytes."""
-    head = site.layer is None
-    seconds = 0.0
-    for rows, count in WORKLOADS[workload].items():
+    head, seconds = site.layer is None, 0.0
+    for rows, count in rows_of(workload, table.target).items():
         # The head computes one row of a prompt, and all of a step that verifies.
         seconds += count * table.time(site.n, site.k, choice.format, 1 if head and rows >= 128 else rows)
-    return Option(choice, site.prices[choice], seconds, site.copies * choice.format.nbytes(site.n, site.k))
+    return Option(choice, site.prices[choice], seconds, site.nbytes(choice.format, table.float_bytes))
 
 
 def _undominated(found: list[Option]) -> list[Option]:

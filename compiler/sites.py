@@ -16,16 +16,29 @@ from dsopt.compiler.calibrate import InputStatistics, Statistics
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.gptq import inverse_factor, round_weights
 from dsopt.compiler.passes.quantize_linears import GPTQ_ROWS, is_exact
-from dsopt.compiler.quantizers import Blocks, for_row_chunks, quantize_blocks, quantize_columns, quantize_minima
+from dsopt.compiler.quantizers import (
+    Blocks,
+    for_row_chunks,
+    quantize_blocks,
+    quantize_columns,
+    quantize_fp8,
+    quantize_minima,
+)
 from dsopt.compiler.recipe import HEAD, Format
 from dsopt.compiler.sensitivity import Observed
 from dsopt.compiler.smoothing import column_maxima, repeat_channels, shared_channels, smoothing_scales
+from dsopt.compiler.targets import Target
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.session import PREFILL_CHUNK
 
 FORMATS = tuple(
     Format.parse(text)
     for text in ("w8a8", "w8a8-token", "int8", "int8-b64", "int8-b128", "int4-min", "int4-zp", "int4-zp-b64")
+)
+# Of a target whose kernels leave activations as they are, where its table has them.
+WEIGHT_ONLY = tuple(
+    Format.parse(text)
+    for text in ("none", "fp8", "int8", "int8-b128", "int4", "int4-b64", "int4-b128", "int4-zp", "int4-zp-b128")
 )
 ALPHAS = {"w8a8": (0.5, 0.65, 0.8), "w8a8-token": (0.65,)}  # where rows have scales of their own, channels need less
 _UNLIKE = ("o_proj", "down_proj")  # what reads rows that no norm has made alike
@@ -40,6 +53,32 @@ class Choice:
 
     def __str__(self) -> str:
         return str(self.format) if self.alpha is None else f"{self.format} smoothed {self.alpha:g}"
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a target's kernels compute with: `formats` to choose from, the float type of scales and plain weights,
+    and whether weight-only kernels round their inputs."""
+
+    formats: tuple[Format, ...]
+    floats: torch.dtype = torch.float32
+    rounds: bool = True
+
+    @classmethod
+    def of(cls, target: Target, dtype: str) -> "Arithmetic":
+        """The candidates that `target` has kernels for, with activations of type `dtype`."""
+        if target.rounds_activations:
+            return CPU
+        known = target.linears[dtype]
+        formats = tuple(form for form in WEIGHT_ONLY if str(form) in known)
+        return cls(formats, {"fp16": torch.float16, "bf16": torch.bfloat16}[dtype], rounds=False)
+
+    def inputs(self, x: Tensor, form: Format) -> Tensor:
+        """What the kernel of `form` makes of activations x [T, K]."""
+        return quantize_activations(x, form.block) if self.rounds and form.kernel == "nbits" else x
+
+
+CPU = Arithmetic(FORMATS)
 
 
 @dataclass
@@ -58,12 +97,21 @@ class Site:
     scales: dict[float, Tensor] = field(default_factory=dict)
     copies: int = 1
 
+    def nbytes(self, form: Format, width: int = 4) -> int:
+        """Of the site's weights, and of the embedding with the head's; `width` is that of a float of the graph."""
+        if self.layer is None and form.kernel == "fp8":  # no gather reads it: the table stays float
+            return form.nbytes(self.n, self.k) + width * self.n * self.k
+        return self.copies * form.nbytes(self.n, self.k, width)
+
 
 class Pricer:
     """Prices the sites of each layer as a sweep back passes it (`sensitivity.sweep_back` calls it)."""
 
-    def __init__(self, checkpoint: Checkpoint, statistics: Statistics, heads: int, kv_heads: int) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, statistics: Statistics, heads: int, kv_heads: int, arithmetic: Arithmetic = CPU
+    ) -> None:
         self.checkpoint, self.statistics, self.heads = checkpoint, statistics, (heads, kv_heads)
+        self.arithmetic = arithmetic
         self.sites: list[Site] = []
 
     def __call__(self, layer: int, seen: dict[str, Observed]) -> None:
@@ -78,14 +126,14 @@ class Pricer:
         site = Site(modules[0], tuple(modules), layer, sum(linear.w.shape[0] for linear in linears), k)
         inputs = self.statistics.input(site.name)
         factor = cache(lambda: inverse_factor(inputs.gram, 1))  # the same for all whole blocks
-        for form in offered_formats(k):
+        for form in offered_formats(k, self.arithmetic):
             if form.kernel == "w8a8":
                 if first in _UNLIKE or not form.per_token:
                     self._price_smoothed(site, linears, inputs, form)
             else:
                 exact = [self._is_exact(module, form) for module in modules]
-                weights = _rounded(linears, exact, form, factor)
-                x = quantize_activations(linears[0].x, form.block)
+                weights = _rounded(linears, exact, form, factor, self.arithmetic.floats)
+                x = self.arithmetic.inputs(linears[0].x, form)
                 price = sum(seen.cost(x @ w.T) for seen, w in zip(linears, weights, strict=True))
                 site.prices[Choice(form)] = price
         return site
@@ -107,9 +155,9 @@ class Pricer:
             site.prices[Choice(form, alpha)] = _dynamic(linears, whole, per_token=form.per_token)
 
 
-def offered_formats(k: int) -> list[Format]:
+def offered_formats(k: int, arithmetic: Arithmetic = CPU) -> list[Format]:
     """What rows of k weights can have. With 8 bits the largest two blocks: smaller ones cost time and spare no loss."""
-    fitting = [form for form in FORMATS if form.kernel == "w8a8" or k % form.block == 0]
+    fitting = [form for form in arithmetic.formats if form.kernel != "nbits" or k % form.block == 0]
     eights = [form for form in fitting if form.kernel == "nbits" and form.bits == 8]
     return [form for form in fitting if form not in eights[:-2]]
 
@@ -118,6 +166,7 @@ def price_head(
     checkpoint: Checkpoint,
     head: torch.nn.Sequential,
     statistics: Statistics,
+    arithmetic: Arithmetic,
     gradient: Tensor,
     name: str,
 ) -> Site:
@@ -135,15 +184,17 @@ def price_head(
     n, k = w.shape
     site = Site(HEAD, (HEAD,), None, n, k, copies=2 if name == f"{HEAD}.weight" else 1)
     factor = cache(lambda: inverse_factor(statistics.input(HEAD).gram, 1))
-    for form in offered_formats(k):
-        if form.kernel != "nbits" or form.minima:
+    for form in offered_formats(k, arithmetic):
+        if form.kernel not in ("nbits", "none", "fp8") or form.minima:
             continue
-        seen = [Observed(x, w, x, x)]
-        rounded = _rounded(seen, [is_exact(checkpoint.tensors[name], form)], form, factor)[0]
-        log_q = (quantize_activations(x, form.block) @ rounded.T).log_softmax(-1)
-        table = rounded if site.copies == 1 else None
-        embedding = _price_embedding(checkpoint, statistics, gradient, form, table)
-        site.prices[Choice(form)] = float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) + embedding
+        seen, exact = [Observed(x, w, x, x)], [is_exact(checkpoint.tensors[name], form)]
+        rounded = _rounded(seen, exact, form, factor, arithmetic.floats)[0]
+        log_q = (arithmetic.inputs(x, form) @ rounded.T).log_softmax(-1)
+        price = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+        if form.kernel == "nbits":  # beside any other head the embedding stays float
+            table = rounded if site.copies == 1 else None
+            price += _price_embedding(checkpoint, statistics, gradient, form, table)
+        site.prices[Choice(form)] = price
     if not site.prices:
         raise DsoptError(f"--quant auto: rows of {w.shape[1]} are not whole blocks of 32; --quant int8 does without")
     return site
@@ -189,24 +240,39 @@ def _dynamic(linears: list[Observed], scales: Tensor, *, per_token: bool) -> flo
     return price
 
 
-def _rounded(linears: list[Observed], exact: list[bool], form: Format, factor: Callable[[], Tensor]) -> list[Tensor]:
-    """The weights as the format will hold them, float32 [N, K] each; GPTQ rounds all that read one input at once.
+def _rounded(
+    linears: list[Observed],
+    exact: list[bool],
+    form: Format,
+    factor: Callable[[], Tensor],
+    floats: torch.dtype = torch.float32,
+) -> list[Tensor]:
+    """The weights as the format will hold them, with scales of type `floats`: float32 [N, K] each.
 
-    `factor` is the `inverse_factor` of the input's Gram matrix.
+    GPTQ rounds all that read one input at once; `factor` is the `inverse_factor` of the input's Gram matrix.
     """
     if all(exact):
         return [linear.w for linear in linears]
     w = torch.cat([linear.w for linear in linears])
     out = torch.empty_like(w)
-    if form.bits < 8:
+    if form.kernel == "none":
+
+        def work(start: int, stop: int) -> None:
+            out[start:stop] = w[start:stop].to(floats)
+    elif form.kernel == "fp8":
+
+        def work(start: int, stop: int) -> None:
+            codes, scales = quantize_fp8(w[start:stop], form.block)
+            out[start:stop] = codes.float() * scales.repeat_interleave(form.block, 1)[:, : w.shape[1]]
+    elif form.bits < 8:
         upper = factor()
 
         def work(start: int, stop: int) -> None:
-            out[start:stop] = _values(round_weights(w[start:stop], upper, form), w.shape[1])
+            out[start:stop] = _values(round_weights(w[start:stop], upper, form), w.shape[1], floats)
     else:
 
         def work(start: int, stop: int) -> None:
-            out[start:stop] = _values(_nearest(w[start:stop], form), w.shape[1])
+            out[start:stop] = _values(_nearest(w[start:stop], form), w.shape[1], floats)
 
     for_row_chunks(len(w), w.shape[1], work, GPTQ_ROWS if form.bits < 8 else None)
     return list(out.split([len(linear.w) for linear in linears]))
@@ -218,8 +284,8 @@ def _nearest(w: Tensor, form: Format) -> Blocks:
     return quantize_blocks(w, form.bits, form.block, zero_points=form.zero_points)
 
 
-def _values(made: Blocks, width: int) -> Tensor:
-    values = made.scales[..., None] * (made.codes.float() - made.zero_points.float()[..., None])
+def _values(made: Blocks, width: int, floats: torch.dtype = torch.float32) -> Tensor:
+    values = made.scales.to(floats).float()[..., None] * (made.codes.float() - made.zero_points.float()[..., None])
     if made.rest is not None:
         values = values + made.rest[..., None]
     return values.flatten(1)[:, :width]

@@ -33,6 +33,7 @@ class Target:
     largest_head: int  # values of an attention head
     fuses_qk_norms: bool = False  # whether attention takes the norms of queries and keys
     caches: tuple[str, ...] = ("float",)  # of keys and values: float is the type of the rest
+    rounds_activations: bool = True  # whether weight-only kernels make int8 of their inputs
 
     @property
     def dtypes(self) -> tuple[str, ...]:
@@ -80,6 +81,7 @@ TARGETS = {
             {"fp32": ("none", "w8a8", "w8a8-token", *_NBITS)},
             _operators("fp32") | dict.fromkeys(("AveragePool", "Abs", "ReduceMax", "Max", "Div"), ("fp32",)),
             largest_head=1 << 16,
+            caches=("float", "int8"),
         ),
         Target(
             "cuda",
@@ -89,7 +91,8 @@ TARGETS = {
             _operators("fp16", "bf16"),
             largest_head=256,
             fuses_qk_norms=True,
-            caches=("float", "fp8"),
+            caches=("float", "int8", "fp8"),
+            rounds_activations=False,
         ),
     )
 }

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.kv import CacheType, KvCache, LayerShape
+from dsopt.runtime.sampling import Candidates
 from dsopt.runtime.session import Binding, Logits
 
 CAPTURED = 16  # rows of a step at most that replays as a graph: decode and verify, not prefill
+CANDIDATES = 64  # of a row at most: beyond that all logits come back
 DEVICE_CHUNK = 2048  # rows of a prompt's chunk: a card is not filled by those that are best for a processor
 _NOT_CAPTURED = "-1"
 
@@ -51,13 +53,11 @@ class DeviceCache(KvCache):
         self.values[name] = ort.OrtValue.ortvalue_from_numpy(host, self._device, 0)
 
     def valid(self) -> dict[str, NDArray[np.float32]]:
-        """The valid part of each buffer, float32 [heads, length, head_dim], to be saved."""
-        self._check_kind()
+        """The valid part of each buffer, float32 [heads, length, head_dim], to be saved; codes of a quantized one."""
         return {name: _widen(value.numpy()[0, :, : self.length]) for name, value in self.values.items()}
 
     def restore(self, saved: dict[str, NDArray[np.float32]], length: int) -> None:
         """Take over what `valid` gave. Raises DsoptError when it does not fit this model."""
-        self._check_kind()
         self.length = 0
         self.reserve(max(length, 1))
         for layer, part in itertools.product(self.layers, ("key", "value")):
@@ -69,10 +69,6 @@ class DeviceCache(KvCache):
             host[0, :, :length] = _narrow(found, self.kind.storage)
             self.values[name].update_inplace(host)
         self.length = length
-
-    def _check_kind(self) -> None:
-        if self.kind.quantized:
-            raise DsoptError("a quantized cache cannot be saved or restored; compile the model without cache=fp8")
 
 
 def _widen(array: NDArray[Any]) -> NDArray[np.float32]:
@@ -101,7 +97,7 @@ class _Step:
 
 
 class DeviceBinding(Binding):
-    """A session bound to one DeviceCache; `run` appends tokens to the sequence, `pick` too and returns only ids.
+    """A session bound to one DeviceCache; `run` appends tokens to the sequence, `top` too and returns only candidates.
 
     `captured`: steps of at most that many rows replay as CUDA graphs; 0 is none.
     """
@@ -114,10 +110,11 @@ class DeviceBinding(Binding):
     ) -> None:
         self.cache: DeviceCache = cache
         self._session, self._vocab, self._device, self._captured = session, vocab_size, device, captured
-        self._captures: dict[tuple[int, int], _Step] = {}
+        self._captures: dict[tuple[int, int, int], _Step] = {}
         self._last: _Step | None = None
         self._generation = -1
-        self.picks = any(output.name == "greedy" for output in session.get_outputs())
+        emits = any(output.name == "candidates.tokens" for output in session.get_outputs())
+        self.most_candidates = min(CANDIDATES, vocab_size) if emits else 0
 
     @property
     def hidden(self) -> None:
@@ -133,11 +130,15 @@ class DeviceBinding(Binding):
         """
         return self._advance(ids, rows, keep).outputs["logits"].numpy().reshape(-1, self._vocab)
 
-    def pick(self, ids: NDArray[np.int64], rows: int = 1) -> NDArray[np.int64]:
-        """As `run`, but returns the tokens with the largest logits, int64 [rows]: the logits stay on the device."""
-        return self._advance(ids, rows).outputs["greedy"].numpy().reshape(-1)
+    def top(self, ids: NDArray[np.int64], count: int, rows: int = 1, keep: int | None = None) -> list[Candidates]:
+        """As `run`, but of each row only the `count` largest logits, at most `most_candidates`; the others stay on the
+        device."""
+        assert 0 < count <= self.most_candidates
+        outputs = self._advance(ids, rows, keep, count).outputs
+        parts = (outputs[f"candidates.{part}"].numpy().reshape(-1, count) for part in ("tokens", "logits"))
+        return [Candidates(tokens, logits) for tokens, logits in zip(*parts, strict=True)]
 
-    def _advance(self, ids: NDArray[np.int64], rows: int, keep: int | None = None) -> _Step:
+    def _advance(self, ids: NDArray[np.int64], rows: int, keep: int | None = None, candidates: int = 0) -> _Step:
         cache, count, rows = self.cache, ids.shape[-1], rows or 1  # a row of logits costs a device nothing
         total = cache.length + count
         cache.reserve(total)
@@ -145,7 +146,8 @@ class DeviceBinding(Binding):
             self._captures, self._generation = {}, cache.generation
         # A chunk of a prompt has a mask exactly as long as the sequence: attention's prefill wants it.
         fixed = count <= max(self._captured, 1)
-        step = self._fixed_step(count, rows) if fixed else self._make(count, rows, total, _NOT_CAPTURED)
+        shape = count, rows, candidates
+        step = self._fixed_step(shape) if fixed else self._make(shape, total, _NOT_CAPTURED)
         step.ids.update_inplace(np.ascontiguousarray(ids, np.int64).reshape(cache.batch, count))
         if fixed:
             step.mask.update_inplace(np.tile((np.arange(cache.capacity) < total).astype(np.int64), (cache.batch, 1)))
@@ -155,14 +157,15 @@ class DeviceBinding(Binding):
         self._last = step  # what it holds may be read until the next run
         return step
 
-    def _fixed_step(self, count: int, rows: int) -> _Step:
-        key = (count, rows)
-        if key not in self._captures:
-            graph = str(next(self._graphs)) if count <= self._captured else _NOT_CAPTURED
-            self._captures[key] = self._make(count, rows, self.cache.capacity, graph)
-        return self._captures[key]
+    def _fixed_step(self, shape: tuple[int, int, int]) -> _Step:
+        if shape not in self._captures:
+            graph = str(next(self._graphs)) if shape[0] <= self._captured else _NOT_CAPTURED
+            self._captures[shape] = self._make(shape, self.cache.capacity, graph)
+        return self._captures[shape]
 
-    def _make(self, count: int, rows: int, length: int, graph: str) -> _Step:
+    def _make(self, shape: tuple[int, int, int], length: int, graph: str) -> _Step:
+        """`shape`: rows in, rows of logits out, candidates of each; `length` is the mask's."""
+        count, rows, candidates = shape
         io, options, batch = self._session.io_binding(), ort.RunOptions(), self.cache.batch
         options.add_run_config_entry("gpu_graph_id", graph)
         ids = self._new(np.zeros((batch, count), np.int64))
@@ -171,12 +174,17 @@ class DeviceBinding(Binding):
         for name, value in (("input_ids", ids), ("attention_mask", mask), ("logits_start", start)):
             io.bind_ortvalue_input(name, value)
         outputs = {"logits": self._new(np.zeros((batch, rows, self._vocab), np.float32))}
-        if self.picks:
-            outputs["greedy"] = self._new(np.zeros((batch, rows, 1), np.int64))
+        keep = [start]
+        if self.most_candidates:
+            number, sides = max(candidates, 1), (batch, rows, max(candidates, 1))
+            keep.append(ort.OrtValue.ortvalue_from_numpy(np.array([number], np.int64)))
+            io.bind_ortvalue_input("candidates.count", keep[-1])
+            outputs["candidates.logits"] = self._new(np.zeros(sides, np.float32))
+            outputs["candidates.tokens"] = self._new(np.zeros(sides, np.int64))
         for name, value in outputs.items():
             io.bind_ortvalue_output(name, value)
         self._point_at_cache(io)
-        return _Step(io, options, ids, mask, outputs, (start,))
+        return _Step(io, options, ids, mask, outputs, tuple(keep))
 
     def _point_at_cache(self, io: ort.IOBinding) -> None:
         """By pointer: the buffer's NumPy type is only of the same width as the graph's type."""
@@ -193,7 +201,9 @@ def cuda_options(session: ort.SessionOptions, captured: int) -> dict[str, str]:
     """Options of the CUDA provider; what belongs to the session is set there.
 
     4- and 8-bit weights whose shape allows it (blocks of 32 without zero points, N a multiple of 64 or 32) are
-    rearranged at load for the CUTLASS kernels, unless $ORT_FPA_INTB_GEMM decides.
+    rearranged at load for the CUTLASS kernels, unless $ORT_FPA_INTB_GEMM decides. They are not stored rearranged
+    (`weight_prepacked`): the order is one card generation's, no function of the wheel makes it without a card, and such
+    a file would run nowhere else.
     """
     if "ORT_FPA_INTB_GEMM" not in os.environ:
         session.add_session_config_entry("ep.cuda.fpa_intb_gemm", "1")

@@ -2,15 +2,17 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dsopt.runtime.drafters import Drafter
-from dsopt.runtime.sampling import logprob, logprobs
+from dsopt.runtime.sampling import Candidates, Row, logprob, logprobs
 from dsopt.runtime.session import PREFILL_CHUNK, Binding
 
-Choose = Callable[[NDArray[np.float32], Sequence[int]], int]
+Choose = Callable[[Any, Sequence[int]], int]
+"""A row of logits and the tokens so far -> a token. `Sampler` is one, and takes candidates (`Row`) too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +25,25 @@ class Step:
     from_draft: bool = False
 
 
-def prefill(binding: Binding, tokens: Sequence[int], drafter: Drafter | None = None) -> NDArray[np.float32]:
-    """Append `tokens` in chunks; returns the logits [vocab] after the last one. A failure leaves whole chunks.
+def candidates_for(binding: Binding, choose: object, top: int | None, least: int = 1) -> int:
+    """How many candidates of a row `choose` (a Sampler, perhaps) needs of it, `least` or more.
+
+    0 where it needs all logits, or `top` asks for their probabilities, or the binding has no candidates to give.
+    """
+    wanted = getattr(choose, "candidates", 0)
+    count = max(wanted, least) if wanted and top is None else 0
+    return count if count <= binding.most_candidates else 0
+
+
+def advance(
+    binding: Binding, ids: NDArray[np.int64], candidates: int, rows: int = 1, keep: int | None = None
+) -> Sequence[Row]:
+    """As `Binding.run`; with `candidates` as `Binding.top`."""
+    return binding.top(ids, candidates, rows, keep) if candidates else list(binding.run(ids, rows, keep))
+
+
+def prefill(binding: Binding, tokens: Sequence[int], drafter: Drafter | None = None, candidates: int = 0) -> Row:
+    """Append `tokens` in chunks; returns the logits after the last one. A failure leaves whole chunks.
 
     The `drafter` is told of each chunk.
     """
@@ -34,17 +53,21 @@ def prefill(binding: Binding, tokens: Sequence[int], drafter: Drafter | None = N
     last = (len(tokens) - 1) // size * size
     for start in range(0, last, size):
         ingest(binding, tokens[start : start + size], drafter)
-    return ingest(binding, tokens[last:], drafter, rows=1)[-1]
+    return ingest(binding, tokens[last:], drafter, rows=1, candidates=candidates)[-1]
 
 
 def ingest(
-    binding: Binding, tokens: Sequence[int], drafter: Drafter | None = None, rows: int = 0
-) -> NDArray[np.float32]:
-    """Append one chunk; returns the logits [rows, vocab] after its last `rows` tokens: the head sees no others."""
-    logits = binding.run(np.asarray(tokens, np.int64), rows)
+    binding: Binding, tokens: Sequence[int], drafter: Drafter | None = None, rows: int = 0, candidates: int = 0
+) -> Sequence[Row]:
+    """Append one chunk; returns the logits, or candidates, after its last `rows` tokens: the head sees no others.
+
+    Without rows what is returned means nothing; a device keeps its logits then.
+    """
+    candidates = candidates if rows else min(binding.most_candidates, 1)
+    made = advance(binding, np.asarray(tokens, np.int64), candidates, rows)
     if drafter is not None:
         drafter.accept(list(tokens), binding.hidden)
-    return logits
+    return made
 
 
 def decode(
@@ -59,48 +82,30 @@ def decode(
     """Yield at most `limit` tokens after `prompt`, one a step, ending after a token of `end`.
 
     `prompt` is the whole token sequence; what the cache already holds of it is not computed again, except the last
-    token, whose logits are needed. `choose(logits, history)` picks a token. With `top` = k each step carries its
-    log-probability and the k best alternatives. A token is yielded before it is fed, so a caller who stops, or an
-    interrupt, leaves a cache that is a prefix of what was yielded.
+    token, whose logits are needed. `choose(logits, history)` picks a token; on a device a sampler whose choice a few
+    logits decide gets only those. With `top` = k each step carries its log-probability and the k best alternatives. A
+    token is yielded before it is fed, so a caller who stops, or an interrupt, leaves a cache that is a prefix of what
+    was yielded.
     """
-    if top is None and binding.picks and getattr(choose, "greedy", False):
-        yield from _decode_picks(binding, prompt, limit, end)
-        return
-    history = list(prompt)
-    cache = binding.cache
+    history, cache = list(prompt), binding.cache
+    candidates = candidates_for(binding, choose, top)
     cache.trim(min(cache.length, len(history) - 1))
-    logits = prefill(binding, history[cache.length :])
+    row = prefill(binding, history[cache.length :], candidates=candidates)
     token_in = np.empty(1, np.int64)
     for count in range(1, limit + 1):
-        token = choose(logits, history)
-        step = make_step(token, logits, top)
+        token = choose(row, history)
+        step = make_step(token, row, top)
         history.append(token)
         yield step
         if token in end or count == limit:
             return
         token_in[0] = token
-        logits = binding.run(token_in)[-1]
+        row = advance(binding, token_in, candidates)[-1]
 
 
-def _decode_picks(binding: Binding, prompt: Sequence[int], limit: int, end: frozenset[int]) -> Iterator[Step]:
-    """As `decode`, greedily, on a device that tells the token: its logits never come here."""
-    cache = binding.cache
-    cache.trim(min(cache.length, len(prompt) - 1))
-    ids = np.asarray(prompt[cache.length :], np.int64)
-    cache.reserve(cache.length + len(ids))
-    token = -1
-    size = binding.chunk or PREFILL_CHUNK
-    for start in range(0, len(ids), size):
-        token = int(binding.pick(ids[start : start + size])[-1])
-    for count in range(1, limit + 1):
-        yield Step(token)
-        if token in end or count == limit:
-            return
-        token = int(binding.pick(np.array([token], np.int64))[-1])
-
-
-def make_step(token: int, logits: NDArray[np.float32], top: int | None, *, from_draft: bool = False) -> Step:
+def make_step(token: int, logits: Row, top: int | None, *, from_draft: bool = False) -> Step:
     """The step of `token`; with `top` = k its log-probability and the k best of `logits` [vocab]."""
     if top is None:
         return Step(token, from_draft=from_draft)
+    assert not isinstance(logits, Candidates)
     return Step(token, logprob(logits, token), tuple(logprobs(logits, top)), from_draft)

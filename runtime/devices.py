@@ -50,11 +50,17 @@ def check_device(asked: str) -> None:
         raise UsageError(f"--device is {asked}; it must be one of {', '.join(DEVICES)}")
 
 
+def cpu_lacks(family: str, recipe: str) -> str | None:
+    """What a graph for CUDA, of this family by this recipe, has that the CPU cannot run; None where it can."""
+    said = f"{family} {recipe}"
+    words = (("bf16", "bfloat16"), ("fp8", "float8"), ("qwen3", "norms-in-attention"))
+    return next((what for word, what in words if word in said), None)
+
+
 def _check_cpu_runs(manifest: Manifest, why: str) -> None:
-    said = f"{manifest.family} {manifest.recipe}"
-    for word, what in (("bf16", "bfloat16"), ("fp8", "float8"), ("qwen3", "norms-in-attention")):
-        if word in said:
-            raise DsoptError(f"{why}; the CPU has no {what} kernels for {manifest.name}: compile it with --target cpu")
+    formats = "".join(f" {node['format']}" for node in manifest.nodes)  # a search chooses what no recipe says
+    if what := cpu_lacks(manifest.family, manifest.recipe + formats):
+        raise DsoptError(f"{why}; the CPU has no {what} kernels for {manifest.name}: compile it with --target cpu")
 
 
 @cache

@@ -27,15 +27,14 @@ class CacheType:
 
     onnx: int
     storage: type
-    quantized: bool = False
 
 
 CACHE_TYPES = {
     "tensor(float)": CacheType(1, np.float32),
     "tensor(float16)": CacheType(10, np.float16),
     "tensor(bfloat16)": CacheType(16, np.uint16),  # NumPy has none
-    "tensor(int8)": CacheType(3, np.int8, quantized=True),
-    "tensor(float8e4m3fn)": CacheType(17, np.uint8, quantized=True),
+    "tensor(int8)": CacheType(3, np.int8),
+    "tensor(float8e4m3fn)": CacheType(17, np.uint8),
 }
 
 

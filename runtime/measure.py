@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import numpy as np
 from numpy.typing import NDArray
 
-from dsopt.runtime.decoder import prefill
+from dsopt.runtime.decoder import advance, prefill
 from dsopt.runtime.errors import DsoptError, UsageError
 from dsopt.runtime.session import Binding, Session
 
@@ -145,11 +145,12 @@ def _fill(binding: Binding, ids: NDArray[np.int64], workload: Workload) -> None:
 def _run(binding: Binding, ids: NDArray[np.int64], workload: Workload) -> Repetition:
     binding.cache.trim(workload.depth)
     prompt, clock = ids[: workload.prompt].tolist(), time.perf_counter_ns
+    candidates = min(binding.most_candidates, 1)  # on a device, as greedy generation has it
     start = clock()
     if prompt:
-        prefill(binding, prompt)
+        prefill(binding, prompt, candidates=candidates)
     stamps = [clock() if prompt else start]
     for index in range(workload.prompt, workload.tokens):
-        binding.run(ids[index : index + 1])
+        advance(binding, ids[index : index + 1], candidates)
         stamps.append(clock())
     return Repetition(stamps[-1] - start, stamps[0] - start, tuple(b - a for a, b in itertools.pairwise(stamps)))

@@ -57,6 +57,18 @@ class Sampling:
         _check("--seed", seed, seed is None or seed >= 0, "0 or more")
 
 
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """The largest logits of a row and their tokens, [n] each, largest first: what a device brings back of it."""
+
+    tokens: Ids
+    logits: Floats
+
+
+Row = Floats | Candidates
+"""The logits of one position: all of them, or as many as decide."""
+
+
 def _check(option: str, value: float | None, good: bool, wanted: str) -> None:
     if not good:
         raise UsageError(f"{option} is {value}; it must be {wanted}")
@@ -74,15 +86,23 @@ class Sampler:
         self.seed = secrets.randbits(32) if options.seed is None else options.seed
         self._random = np.random.Generator(np.random.PCG64(self.seed))
 
-    def __call__(self, logits: Floats, history: Sequence[int]) -> int:
-        """The next token. `logits` is [vocabulary] and left as it is; `history`: prompt and answer so far.
+    def __call__(self, logits: Row, history: Sequence[int]) -> int:
+        """The next token. `logits` is [vocabulary] and left as it is, or at least as many as `candidates` says;
+        `history`: prompt and answer so far.
 
         Raises DsoptError when the logits are broken (NaN, an infinite maximum); -inf forbids a token.
         """
         logits = self._penalise(logits, history)
         if self.options.temperature == 0:
-            return _largest(logits)
+            return _most_probable(logits)
         return self.draw(*self._truncate(logits))
+
+    @property
+    def candidates(self) -> int:
+        """How many of the largest logits decide, whatever the history; 0 where it takes all of them."""
+        if self.options.repeat_penalty != 1 and self.options.repeat_last_n != 0:
+            return 0
+        return 1 if self.options.temperature == 0 else self.options.top_k
 
     def uniform(self) -> float:
         """A random number, at least 0 and below 1."""
@@ -94,23 +114,20 @@ class Sampler:
         # The first token whose cumulated mass exceeds u < 1 of the whole.
         return int(tokens[np.searchsorted(mass, self.uniform() * mass[-1], side="right")])
 
-    def margin(self, logits: Floats, history: Sequence[int]) -> float:
+    def margin(self, logits: Row, history: Sequence[int]) -> float:
         """By how much the largest logit, after the penalty, exceeds the second."""
         logits = self._penalise(logits, history)
+        if isinstance(logits, Candidates):
+            return float(logits.logits[0] - logits.logits[1])
         best = _largest(logits)
         others = max(part.max(initial=-math.inf) for part in (logits[:best], logits[best + 1 :]))
         return float(logits[best] - others)
 
-    @property
-    def greedy(self) -> bool:
-        """Whether it always takes the largest logit, whatever the history."""
-        return self.options.temperature == 0 and self.options.repeat_penalty == 1
-
-    def distribution(self, logits: Floats, history: Sequence[int]) -> tuple[Ids, Doubles]:
+    def distribution(self, logits: Row, history: Sequence[int]) -> tuple[Ids, Doubles]:
         """What `__call__` draws from: the tokens that may come, and their probabilities, which sum to 1."""
         logits = self._penalise(logits, history)
         if self.options.temperature == 0:
-            return np.array([_largest(logits)]), np.ones(1)
+            return np.array([_most_probable(logits)]), np.ones(1)
         tokens, weights = self._truncate(logits)
         return tokens, weights / weights.sum()
 
@@ -128,24 +145,31 @@ class Sampler:
             raise DsoptError(f"the saved sampling state is damaged ({error!r}); start anew with --seed") from error
         self.seed, self._random = seed, np.random.Generator(generator)
 
-    def _penalise(self, logits: Floats, history: Sequence[int]) -> Floats:
+    def _penalise(self, logits: Row, history: Sequence[int]) -> Row:
         penalty, last = self.options.repeat_penalty, self.options.repeat_last_n
         if penalty == 1 or last == 0 or len(history) == 0:
             return logits
+        assert not isinstance(logits, Candidates), "a penalty needs all logits"
         recent = np.asarray(history if last < 0 else history[-last:], dtype=np.int64)
         logits = logits.copy()
         seen = logits[recent]  # read first, so that a token that is there twice is penalised once
         logits[recent] = np.where(seen > 0, seen / penalty, seen * penalty)
         return logits
 
-    def _truncate(self, logits: Floats) -> tuple[Ids, Doubles]:
+    def _truncate(self, row: Row) -> tuple[Ids, Doubles]:
         """The tokens that survive, and their unnormalised probabilities (the most probable token has 1)."""
         options = self.options
+        if isinstance(row, Candidates):
+            assert 0 < options.top_k <= row.tokens.size
+            order = np.argsort(row.tokens[: options.top_k])
+            tokens, logits = row.tokens[order], row.logits[order]
+        else:
+            tokens = _top(row, options.top_k or row.size)
+            logits = row[tokens]
         peak = float(logits[_largest(logits)])
-        tokens = _top(logits, options.top_k or logits.size)
         # A tiny temperature may overflow to -inf, which is the right limit.
         with np.errstate(over="ignore"):
-            weights = np.exp((logits[tokens].astype(np.float64) - peak) / options.temperature)
+            weights = np.exp((logits.astype(np.float64) - peak) / options.temperature)
         if options.top_p < 1:
             nucleus = _nucleus(weights, options.top_p)
             tokens, weights = tokens[nucleus], weights[nucleus]
@@ -167,6 +191,12 @@ def logprobs(logits: Floats, top: int) -> list[tuple[int, float]]:
 def logprob(logits: Floats, token: int) -> float:
     """The natural log-probability of `token`, as in `logprobs`."""
     return float(logits[token]) - _log_sum(logits)
+
+
+def _most_probable(row: Row) -> int:
+    if isinstance(row, Candidates):
+        return int(row.tokens[_largest(row.logits)])
+    return _largest(row)
 
 
 def _largest(logits: Floats) -> int:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from dsopt.runtime.artifact import Artifact
 from dsopt.runtime.errors import DsoptError, UsageError
 from dsopt.runtime.kv import CACHE_TYPES, CacheType, KvCache, LayerShape
+from dsopt.runtime.sampling import Candidates
 
 Logits = NDArray[np.float32]
 _FEW = 64  # runs of so few rows keep what is bound for their shape: decoding and verification alternate widths
@@ -143,7 +144,7 @@ class Binding:
     Cache buffers are bound once for each allocation, as past and present alike; a step rebinds only what changes.
     """
 
-    picks = False  # whether `pick` spares the transfer of the logits
+    most_candidates = 0  # that `top` can give: 0 where logits are at hand anyway
     chunk: int | None = None  # rows of a prompt that a run should have at most, where PREFILL_CHUNK is not the best
 
     def __init__(
@@ -179,9 +180,9 @@ class Binding:
         cache.written = total
         return step.logits[0]
 
-    def pick(self, ids: NDArray[np.int64], rows: int = 1) -> NDArray[np.int64]:
-        """As `run`, but returns the tokens with the largest logits, int64 [rows]."""
-        return self.run(ids, rows).argmax(-1)
+    def top(self, ids: NDArray[np.int64], count: int, rows: int = 1, keep: int | None = None) -> list[Candidates]:
+        """As `run`, but of each row only the `count` largest logits, at most `most_candidates`."""
+        raise NotImplementedError("only a device's binding has candidates")
 
     @property
     def hidden(self) -> NDArray[np.float32] | None:
@@ -236,10 +237,17 @@ def _load(artifact: Artifact, device: str, captured: int) -> ort.InferenceSessio
 
         providers = [("CUDAExecutionProvider", cuda_options(options, captured))]
     try:
-        return ort.InferenceSession(artifact.graph, options, providers=providers)
+        # Its own fallback would print on stdout and go on, on the CPU.
+        session = ort.InferenceSession(artifact.graph, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's exceptions have no common base of their own
         line = str(error).strip().splitlines()[0]
         raise DsoptError(f"{artifact.graph}: ONNX Runtime {ort.__version__} cannot load it: {line}") from error
+    if device == "cuda" and "CUDAExecutionProvider" not in session.get_providers():
+        from dsopt.runtime.devices import missing_provider
+
+        reason = missing_provider("CUDAExecutionProvider") or "its CUDA provider did not load"
+        raise DsoptError(f"--device cuda: ONNX Runtime {ort.__version__} took the CPU in its place: {reason}")
+    return session
 
 
 def _cache_type(session: ort.InferenceSession) -> CacheType:

@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsopt.runtime import session as sessions
-from dsopt.runtime.decoder import Step, ingest, make_step
+from dsopt.runtime.decoder import Step, advance, candidates_for, ingest, make_step
 from dsopt.runtime.drafters import Draft, Drafter
-from dsopt.runtime.sampling import Sampler
+from dsopt.runtime.sampling import Row, Sampler
 from dsopt.runtime.scheduler import Round, Scheduler, padded
-from dsopt.runtime.session import Binding, Logits
+from dsopt.runtime.session import Binding
 from dsopt.runtime.tally import Tally
 
 NEAR_TIE = 0.3  # logits: the largest lead that was seen to flip between runs of different width
@@ -87,9 +87,10 @@ class _Loop:
         self._widths, self._tally = speculation.widths, speculation.tally
         self._end, self._top = end, top
         self._greedy = sampler.options.temperature == 0
+        self._candidates = candidates_for(binding, sampler, top, least=2)  # the second tells a near tie
         self._mark = 0.0
 
-    def read_prompt(self, cancelled: Callable[[], bool]) -> Logits | None:
+    def read_prompt(self, cancelled: Callable[[], bool]) -> Row | None:
         """Bring cache and drafter to the prompt's end; its logits, None when cancelled."""
         cache, drafter, prompt = self._cache, self._drafter, self.history
         cache.trim(min(cache.length, len(prompt) - 1))
@@ -104,7 +105,8 @@ class _Loop:
         logits, chunk = None, getattr(self._binding, "chunk", None) or sessions.PREFILL_CHUNK
         while cache.length < len(prompt) and not cancelled():
             tokens = prompt[cache.length :][:chunk]
-            logits = ingest(self._binding, tokens, drafter, int(cache.length + len(tokens) == len(prompt)))
+            rows = int(cache.length + len(tokens) == len(prompt))
+            logits = ingest(self._binding, tokens, drafter, rows, self._candidates)
         return logits[-1] if logits is not None and cache.length == len(prompt) else None
 
     def round(self, left: int) -> Generator[Step, None, int]:
@@ -153,7 +155,7 @@ class _Loop:
         count = self._scheduler.cut(draft, self._cache.length, seconds, anticipate=anticipate)
         return _first(draft, count), asked, seconds
 
-    def _run(self, ids: list[int]) -> tuple[Logits, int]:
+    def _run(self, ids: list[int]) -> tuple[Sequence[Row], int]:
         """Logits after each of `ids`, and in which row they begin. Only the anchor is valid in the cache then.
 
         In exact mode a run is filled up, with tokens that are forgotten; where the context ends before, with the
@@ -165,15 +167,15 @@ class _Loop:
         filled = [*self.history[cache.length - back : cache.length], *ids]
         filled += [ids[-1]] * (width - len(filled))
         cache.trim(cache.length - back)
-        return self._binding.run(np.array(filled), rows=width, keep=back + 1), back
+        return advance(self._binding, np.array(filled), self._candidates, width, back + 1), back
 
-    def _choose(self, logits: Logits, draft: Draft, position: int) -> int:
+    def _choose(self, logits: Row, draft: Draft, position: int) -> int:
         if draft.distributions is None or position == len(draft.tokens) or self._greedy:
             return self._sampler(logits, self.history)
         drafted, drawn_from = draft.tokens[position], draft.distributions[position]
         return accept_or_replace(self._sampler, logits, self.history, drafted, drawn_from)
 
-    def _emit(self, token: int, logits: Logits, from_draft: bool, position: int, depth: int) -> Step:
+    def _emit(self, token: int, logits: Row, from_draft: bool, position: int, depth: int) -> Step:
         tally = self._tally
         if self._greedy and not self._widths and self._sampler.margin(logits, self.history) < NEAR_TIE:
             tally.near_ties += 1
@@ -204,7 +206,7 @@ class _Loop:
 
 
 def accept_or_replace(
-    sampler: Sampler, logits: Logits, history: Sequence[int], drafted: int, drawn_from: NDArray[np.float64]
+    sampler: Sampler, logits: Row, history: Sequence[int], drafted: int, drawn_from: NDArray[np.float64]
 ) -> int:
     """A token of the sampler's distribution p: `drafted`, drawn from q, with probability min(1, p/q), else one drawn
     from what p has more than q (arXiv:2211.17192). In float64; `drawn_from` is q, [vocab]."""

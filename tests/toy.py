@@ -15,7 +15,7 @@ TAPS = (0, 2)
 class ToyBinding:
     """Logits depend on the last two tokens, by `table` [vocab, vocab, vocab]. `runs`: (cached, rows) of each run."""
 
-    picks = False
+    most_candidates = 0
 
     def __init__(self, table: np.ndarray, limit: int = 1000, taps: tuple[int, ...] = ()) -> None:
         self.cache = KvCache([LayerShape(0, 1, 1)], limit)

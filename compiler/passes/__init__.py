@@ -1,8 +1,11 @@
 """Rewrites of the graph, one per file, named verb_object. The order is this list."""
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
-from dsopt.compiler.passes.emit_greedy import EmitGreedy
+from dsopt.compiler.cache_reach import Reach
+from dsopt.compiler.passes.emit_candidates import EmitCandidates
 from dsopt.compiler.passes.fuse_qk_norms import FuseQkNorms
 from dsopt.compiler.passes.fuse_skip_norms import FuseSkipNorms
 from dsopt.compiler.passes.lower_precision import LowerPrecision
@@ -20,9 +23,13 @@ FUSE: list[ir.passes.InPlacePass] = [PackProjections(), FuseSkipNorms(), ScaleRo
 
 
 def pipeline(
-    recipe: Recipe, target: Target = TARGETS["cpu"], evidence: Evidence | None = None
+    recipe: Recipe,
+    target: Target = TARGETS["cpu"],
+    evidence: Evidence | None = None,
+    reach: Sequence[Reach] | None = None,
 ) -> list[ir.passes.InPlacePass]:
     """clean -> quantize -> fuse -> lower, and the target's own. Roles are found on the clean graph; fusion hides them.
+    `reach` is that of each layer's keys and values, for a cache in int8.
 
     `CheckKernels` looks at the result.
     """
@@ -31,8 +38,8 @@ def pipeline(
         passes.append(FuseQkNorms())
     if recipe.dtype != "fp32":
         passes.append(LowerPrecision(recipe.dtype))
-    if recipe.cache == "fp8":
-        passes.append(QuantizeCache())
+    if recipe.cache != "float":
+        passes.append(QuantizeCache(reach))
     if target.device != "cpu":
-        passes.append(EmitGreedy())
+        passes.append(EmitCandidates())
     return passes

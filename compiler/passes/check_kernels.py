@@ -8,6 +8,7 @@ from dsopt.compiler.targets import Target
 from dsopt.runtime.errors import DsoptError
 
 _HINTS = {"AveragePool": ", which formats with -min need; int4-zp does without"}  # CUDA's goes through cuDNN
+_CACHES: dict[ir.DataType | None, str] = {ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT8: "int8"}
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 
 
@@ -45,8 +46,9 @@ class CheckKernels(ir.passes.InPlacePass):
         past = node.inputs[3]
         assert past is not None
         assert past.shape is not None
-        if past.dtype == ir.DataType.FLOAT8E4M3FN and "fp8" not in self.target.caches:
-            raise DsoptError(f"{node.name}: {self.target.name} has no kernel for cache=fp8")
+        cache = _CACHES.get(past.dtype, "float")
+        if cache not in self.target.caches:
+            raise DsoptError(f"{node.name}: {self.target.name} has no kernel for cache={cache}")
         if (width := int(past.shape[3])) > self.target.largest_head:  # type: ignore[arg-type]
             raise DsoptError(
                 f"{node.name}: {self.target.name} attends with heads of at most {self.target.largest_head}, not {width}"

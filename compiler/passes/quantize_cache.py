@@ -1,29 +1,58 @@
-"""Keys and values in float8 (e4m3): GroupQueryAttention quantizes what it appends and reads half the bytes.
+"""Keys and values in 8 bits: GroupQueryAttention quantizes what it appends and reads half the bytes, or a quarter.
 
-One scale of 1 for all: e4m3 reaches from 2^-9 to 448, and keys and values of language models lie within; values beyond
-are clipped. (vLLM does the same where a checkpoint brings no scales.)
+float8 (e4m3) has one scale of 1 for all: it reaches from 2^-9 to 448, and keys and values of language models lie
+within; values beyond are clipped. (vLLM does the same where a checkpoint brings no scales.) int8 has a scale for each
+channel: keys have channels that are many times larger than others (KIVI, arXiv:2402.02750).
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from dsopt.compiler.cache_reach import Reach
 from dsopt.compiler.weights import initializer
 
 _FIRST_SCALE, _PAST, _PRESENT = 12, (3, 4), (1, 2)  # inputs k_scale and v_scale; past and present of key and value
+_MARGIN = 1.1  # beyond what was seen; further out is clipped
 
 
 class QuantizeCache(ir.passes.InPlacePass):
+    """int8 with the `reach` of each layer, float8 without."""
+
+    def __init__(self, reach: Sequence[Reach] | None = None) -> None:
+        super().__init__()
+        self.reach = reach
+
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
-        scale = initializer(graph, ir.tensor(np.ones(1, np.float32), name="cache.scale"))
         nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
-        for node in nodes:
+        dtype = ir.DataType.FLOAT8E4M3FN if self.reach is None else ir.DataType.INT8
+        for node, scales in zip(nodes, self._scales(graph, len(nodes)), strict=True):
             node.resize_inputs(_FIRST_SCALE + 2)
-            for part, past, present in zip("kv", _PAST, _PRESENT, strict=True):
-                node.replace_input_with(_FIRST_SCALE + "kv".index(part), scale)
-                node.attributes.add(ir.AttrString(f"{part}_quant_type", "PER_TENSOR"))
+            for index, past, present in zip(range(2), _PAST, _PRESENT, strict=True):
+                node.replace_input_with(_FIRST_SCALE + index, scales[index])
+                kind = "PER_TENSOR" if self.reach is None else "PER_CHANNEL"
+                node.attributes.add(ir.AttrString(f"{'kv'[index]}_quant_type", kind))
                 for value in (node.inputs[past], node.outputs[present]):
                     assert value is not None
-                    value.type = ir.TensorType(ir.DataType.FLOAT8E4M3FN)
+                    value.type = ir.TensorType(dtype)
             node.attributes.add(ir.AttrInt64("kv_cache_bit_width", 8))
         return ir.passes.PassResult(model, modified=bool(nodes))
+
+    def _scales(self, graph: ir.Graph, layers: int) -> list[list[ir.Value]]:
+        """Of keys and values, for each layer."""
+        if self.reach is None:
+            one = initializer(graph, ir.tensor(np.ones(1, np.float32), name="cache.scale"))
+            return [[one, one]] * layers
+        return [
+            [
+                initializer(graph, ir.tensor(_steps(part), name=f"cache.{layer}.{name}.scale"))
+                for name, part in (("key", reach.key), ("value", reach.value))
+            ]
+            for layer, reach in enumerate(self.reach)
+        ]
+
+
+def _steps(reach: np.ndarray) -> np.ndarray:
+    return np.maximum(_MARGIN * reach / 127, 1e-8).astype(np.float32)

@@ -11,6 +11,7 @@ import torch
 
 from dsopt.compiler.calibrate import InputStatistics
 from dsopt.compiler.checkpoint import Tensor
+from dsopt.compiler.fp8 import Fp8Tensor
 from dsopt.compiler.gguf import GgufTensor
 from dsopt.compiler.gguf_blocks import counterpart, repack
 from dsopt.compiler.gptq import inverse_factor, round_weights
@@ -131,7 +132,9 @@ def _lazy_parts(graph: ir.Graph, name: str, form: Format, size: tuple[int, int],
 def is_exact(tensor: Tensor, form: Format) -> bool:
     """Whether `form` holds the weight as the checkpoint does, code for code; multiplied rows change scales only."""
     if isinstance(tensor, Scaled):
-        return tensor.columns is None and is_exact(tensor.source, form)
+        return tensor.columns is None and form.kernel == "nbits" and is_exact(tensor.source, form)
+    if isinstance(tensor, Fp8Tensor):
+        return form.kernel == "fp8" and tensor.square[1] == form.block
     return isinstance(tensor, GgufTensor) and counterpart(tensor.dtype) == form
 
 
@@ -204,11 +207,17 @@ def _column_codes(weight: Weight, n: int, k: int) -> dict[str, np.ndarray]:
 
 
 def _fp8_codes(weight: Weight, n: int, k: int) -> dict[str, np.ndarray]:
-    codes, scales = np.empty((n, k), np.uint8), np.empty((n, -(-k // 128)), np.float32)
+    """Of a checkpoint in float8 its own codes, and its scales for each row."""
+    tensor = weight.tensor
+    codes, scales = np.empty((n, k), ml_dtypes.float8_e4m3fn), np.empty((n, -(-k // 128)), np.float32)
 
     def work(start: int, stop: int) -> None:
-        rows, scale = quantize_fp8(torch.from_numpy(weight.read(start, stop)))
-        codes[start:stop], scales[start:stop] = rows.view(torch.uint8).numpy(), scale.numpy()
+        rows = weight.read(start, stop)  # raises on NaN
+        if isinstance(tensor, Fp8Tensor) and is_exact(tensor, Format.parse("fp8")):
+            codes[start:stop], scales[start:stop] = tensor.stored(start, stop)
+            return
+        made, scale = quantize_fp8(torch.from_numpy(rows))
+        codes[start:stop], scales[start:stop] = made.view(torch.uint8).numpy().view(codes.dtype), scale.numpy()
 
     for_row_chunks(n, k, work)
-    return {"codes": codes.view(ml_dtypes.float8_e4m3fn), "scales": scales}
+    return {"codes": codes, "scales": scales}

@@ -11,7 +11,7 @@ from dsopt.runtime.drafters import Draft
 from dsopt.runtime.drafters.acceptance import Acceptance
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.model import Model
-from dsopt.runtime.sampling import Sampler, Sampling
+from dsopt.runtime.sampling import Candidates, Sampler, Sampling
 from dsopt.runtime.session import Logits
 
 _WORTH = 0.3  # a draft ends before a token that is accepted, with all before it, less often than this
@@ -90,7 +90,9 @@ class ModelDrafter:
         if len(history) > cache.limit or max(new) >= self._own_vocab:
             return None
         read += new
-        return prefill(self._binding, new)
+        logits = prefill(self._binding, new)
+        assert not isinstance(logits, Candidates)  # none were asked for
+        return logits
 
     def _step(self, token: int) -> Logits | None:
         if self._binding.cache.length == self._binding.cache.limit:

@@ -1,12 +1,24 @@
 """The speed of compiled models on a card, against transformers and against the memory's own speed.
 
-    python tests/gpu/measure.py -o speed.json          all models and recipes, about half an hour on a card
-    python tests/gpu/measure.py --tiny --device cpu    the script itself, in seconds, where there is no card
+    python tests/gpu/measure.py -o speed.json          all models and recipes
+    python tests/gpu/measure.py --plan                 what would be measured, with the bytes of a step; needs no card
+    python tests/gpu/measure.py --tiny --device cpu    the script itself, in a minute, where there is no card
+
+    --models qwen3-8b --recipes "none,dtype=bf16"      a part of it; --models smollm2-135m first, to see that all works
+    --seconds 540                                      no case is begun after that time; -o has what was done
+    --kernels DIR                                      also time the kernels of each model's layers, into files that
+                                                       `dsopt compile --target cuda --profile FILE` takes
 
 One JSON object a row on stdout; progress and the bars, met or missed, on stderr. `roofline` is the time in which the
 card copies as many bytes as a step must read (weights, head, the cache so far), by the time the step took: 1 is the
 best there can be. Bandwidth is that of a large copy, reads and writes counted. ORT_FPA_INTB_GEMM=0 in the environment
-turns CUTLASS's kernels for 4 and 8 bits off; the first row says which way it was.
+turns CUTLASS's kernels for 4 and 8 bits off; the first row says which way it was. Weights are random and made as they
+are read; an artifact stands in --scratch as long as it is measured (17 GB for 8 billion weights in bfloat16).
+
+Needs what dsopt needs, onnxruntime-gpu, CUDA's libraries and transformers. Where no registry can be reached: make
+wheels elsewhere (`pip wheel --no-deps -w wheels .`, `pip download --no-deps -d wheels onnxruntime-gpu onnx_ir gguf`),
+bring them, and `pip install --no-deps --no-index wheels/*.whl`. torch brings CUDA's libraries, which are found there.
+`python -m pytest -m cuda tests` beforehand tells whether the numbers of the graphs are right.
 """
 
 import argparse
@@ -30,14 +42,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from peer import Peer
-from shapes import SHAPES, write_checkpoint
+from shapes import SHAPES, random_checkpoint
 
 from dsopt.compiler import build
-from dsopt.compiler.checkpoint import open_checkpoint
+from dsopt.compiler.chains import Body
+from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.profile import measure
 from dsopt.compiler.recipe import Recipe
-from dsopt.runtime.artifact import Artifact, open_artifact
+from dsopt.compiler.sites import WEIGHT_ONLY
+from dsopt.runtime.artifact import Artifact, Manifest, open_artifact
 from dsopt.runtime.cuda import DeviceBinding, DeviceCache
 from dsopt.runtime.devices import missing_provider
+from dsopt.runtime.files import write_atomically
 from dsopt.runtime.machine import cpu_name, gpu_name
 from dsopt.runtime.session import Session
 
@@ -48,16 +64,16 @@ WIDTH = 8  # rows of the verify step
 def main() -> int:
     options = _options()
     reason = missing_provider("CUDAExecutionProvider")
-    if options.device == "cuda" and reason:
-        print(f"measure: no card: {reason}; --tiny --device cpu tries the script", file=sys.stderr)
+    if options.device == "cuda" and reason and not options.plan:
+        print(f"measure: no card: {reason}; --plan or --tiny --device cpu tries the script", file=sys.stderr)
         return 1
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
-        for row in _measure(options, Path(scratch)):
+        for row in _plan(options, Path(scratch)) if options.plan else _measure(options, Path(scratch)):
             rows.append(row)
             print(json.dumps(row), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+            if options.out:  # after each: whatever ends the run, what was measured stays
+                write_atomically(options.out, (json.dumps(rows, indent=1) + "\n").encode())
     for line in _bars(rows):
         print(line, file=sys.stderr)
     return 0
@@ -75,9 +91,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("-n", "--tokens", type=int, default=128)
     parser.add_argument("--no-peer", action="store_true", help="without transformers")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, few tokens, nothing compiled by torch")
+    parser.add_argument("--plan", action="store_true", help="build the graphs and count bytes; run nothing")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after that time")
+    parser.add_argument("--kernels", type=Path, help="write the kernel times of each model to this directory")
     parser.add_argument("--scratch", type=Path, help="where checkpoints and artifacts are written for the time being")
     parser.add_argument("-o", "--out", type=Path)
     options = parser.parse_args()
+    options.deadline = time.monotonic() + options.seconds
     if options.tiny:
         options.models, options.recipes = "tiny", "int4"
         options.batch, options.depth, options.prompt, options.tokens = "1,2", "0,24", 32, 4
@@ -90,16 +110,59 @@ def _measure(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
     yield {"what": "copy", "device": device, "bytes_per_second": bandwidth, "onnxruntime": ort.__version__,
            "torch": torch.__version__, "fpa_intb": os.environ.get("ORT_FPA_INTB_GEMM", "1")}  # fmt: skip
     for name in options.models.split(","):
-        source = write_checkpoint(name, scratch / name)
-        for recipe in options.recipes.split(";"):
-            artifact = _compile(source, recipe, scratch / "artifact")
+        checkpoint = random_checkpoint(name, scratch / name)
+        for number, recipe in enumerate(options.recipes.split(";")):
+            if _is_late(options, f"{name} {recipe}"):
+                continue
+            artifact = _compile(checkpoint, recipe, scratch / "artifact")
             for captured in (16, 0):
                 say(f"{name} {recipe} {'captured' if captured else 'plain'}")
                 yield from _ours(options, name, artifact, captured, bandwidth)
-        if not options.no_peer:
-            say(f"{name} transformers")
-            yield from _peers(options, name)
-        shutil.rmtree(scratch / name)
+            shutil.rmtree(artifact.directory)
+            if number == 0 and not options.no_peer:  # beside the recipe that it is compared with
+                say(f"{name} transformers")
+                yield from _peers(options, name)
+        if options.kernels and not _is_late(options, f"{name} kernels"):
+            _time_kernels(options, name)
+
+
+def _is_late(options: argparse.Namespace, what: str) -> bool:
+    late = time.monotonic() > options.deadline
+    if late:
+        say(f"{what}: left out, --seconds are over")
+    return late
+
+
+def _plan(options: argparse.Namespace, scratch: Path) -> Iterator[Row]:
+    """The graphs of all models and recipes, checked for the target; no weight is computed."""
+    for name in options.models.split(","):
+        checkpoint = random_checkpoint(name, scratch / name)
+        for recipe in options.recipes.split(";"):
+            made = build.plan(checkpoint, Recipe.parse(recipe), target="cuda")
+            cases = {
+                f"batch {batch} @ d{depth}": step_bytes(made.manifest, batch, depth + options.tokens // 2)
+                for batch, depth in _cases(options)
+            }
+            yield {"what": "plan", "model": name, "recipe": made.manifest.recipe, "artifact_bytes": made.nbytes,
+                   "step_bytes": cases}  # fmt: skip
+
+
+def _time_kernels(options: argparse.Namespace, name: str) -> None:
+    """Of each layer shape by format and rows, for a search on a machine without the card."""
+    config = SHAPES[name]
+    sizes = [config[key] for key in ("hidden_size", "intermediate_size", "head_dim", "vocab_size")]
+    (hidden, wide, head, vocab), heads = sizes, (config["num_attention_heads"], config["num_key_value_heads"])
+    shapes = [(head * (heads[0] + 2 * heads[1]), hidden), (hidden, head * heads[0]), (2 * wide, hidden),
+              (hidden, wide), (vocab, hidden)]  # fmt: skip
+    target, dtypes = ("cpu", ("fp32",)) if options.device == "cpu" else ("cuda", ("fp16", "bf16"))
+    for dtype in dtypes:
+        say(f"{name} kernels {dtype}")
+        rows = (1, 8) if options.tiny else (1, 4, 8, 128, 512)
+        table = measure(shapes, rows, WEIGHT_ONLY if target == "cuda" else ("none", "int4"), target, dtype=dtype,
+                        body=Body(hidden, wide, *heads, head), budget=1 if options.tiny else 20)  # fmt: skip
+        options.kernels.mkdir(parents=True, exist_ok=True)
+        data = json.dumps({"profile": table.to_json()}, indent=1).encode()
+        write_atomically(options.kernels / f"{name}-{dtype}.json", data)
 
 
 def copy_bandwidth(device: str, nbytes: int) -> float:
@@ -112,11 +175,20 @@ def copy_bandwidth(device: str, nbytes: int) -> float:
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
+    del source, target
+    _free(device)
     return 2 * nbytes / min(times)
 
 
-def _compile(source: Path, recipe: str, out: Path) -> Artifact:
-    build.write(build.plan(open_checkpoint(str(source)), Recipe.parse(recipe), target="cuda"), out)
+def _free(device: str) -> None:
+    """Give back what torch keeps: ONNX Runtime allocates beside it."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _compile(checkpoint: Checkpoint, recipe: str, out: Path) -> Artifact:
+    build.write(build.plan(checkpoint, Recipe.parse(recipe), target="cuda"), out)
     return open_artifact(out)
 
 
@@ -126,12 +198,14 @@ def _ours(options: argparse.Namespace, name: str, artifact: Artifact, captured: 
     prompt = measure_prompt(session, options.prompt)
     yield {**common, "test": f"pp{options.prompt}", "tokens_per_second": options.prompt / prompt}
     for batch, depth in _cases(options):
+        if _is_late(options, f"batch {batch} at {depth}"):
+            continue
         try:
             step = measure_steps(session, batch, depth, options.tokens)
         except Exception as error:  # out of memory, in words of onnxruntime's own: the other cases still count
             say(f"batch {batch} at {depth}: {str(error).splitlines()[0]}")
             continue
-        reads = step_bytes(artifact, batch, depth + options.tokens // 2)
+        reads = step_bytes(artifact.manifest, batch, depth + options.tokens // 2)
         yield {
             **common, "test": f"tg{options.tokens} @ d{depth}", "batch": batch,
             "tokens_per_second": batch / step, "ms": 1e3 * step, "roofline": reads / bandwidth / step,
@@ -148,58 +222,58 @@ def _cases(options: argparse.Namespace) -> Iterator[tuple[int, int]]:
     return itertools.product(*numbers)
 
 
-def _binding(session: Session, batch: int) -> DeviceBinding:
+def _binding(session: Session, batch: int, positions: int) -> DeviceBinding:
     """On the CPU too: the code that a card would run, with the CPU as the device."""
     if session.device == "cpu":
         from dsopt.runtime.session import _cache_type
 
-        cache = DeviceCache(session.layers, session.context, _cache_type(session._session), "cpu", batch)
+        cache = DeviceCache(session.layers, positions, _cache_type(session._session), "cpu", batch)
         return DeviceBinding(session._session, cache, session.vocab_size, "cpu", session._captured)
-    binding = session.bind(session.new_cache(batch))
+    binding = session.bind(session.new_cache(batch, positions))  # no more: doubling would cost memory
     assert isinstance(binding, DeviceBinding)
     return binding
 
 
 def measure_prompt(session: Session, tokens: int) -> float:
     """Seconds of a prompt in chunks, the least of several."""
-    binding, times = _binding(session, 1), []
+    binding, times = _binding(session, 1, tokens), []
     ids = np.random.default_rng(0).integers(0, 256, tokens)
     binding.cache.reserve(tokens)
     for _ in range(4):
         binding.cache.trim(0)
         start = time.perf_counter()
         for first in range(0, tokens, binding.chunk):
-            binding.pick(ids[first : first + binding.chunk])
+            binding.top(ids[first : first + binding.chunk], 1)
         times.append(time.perf_counter() - start)
     return min(times)
 
 
 def measure_steps(session: Session, batch: int, depth: int, tokens: int, width: int = 1) -> float:
     """Seconds of a greedy step of `width` rows behind `depth` cached tokens, the median over `tokens` steps."""
-    binding = _binding(session, batch)
+    binding = _binding(session, batch, depth + tokens + 4 * width)
     cache, random = binding.cache, np.random.default_rng(0)
     cache.reserve(depth + tokens + 4 * width)
     if depth:  # one call: with several sequences only a first prompt may have many rows
         ids = random.integers(0, 256, (batch, depth))
         chunk = binding.chunk if batch == 1 else depth
         for start in range(0, depth, chunk):
-            binding.pick(ids[:, start : start + chunk])
+            binding.top(ids[:, start : start + chunk], 1)
     feed = random.integers(0, 256, (batch, width))
     times = []
     for index in range(tokens + 3):  # a run, the capture, a first replay
         start = time.perf_counter()
-        tokens_out = binding.pick(feed, width).reshape(batch, width)
+        picked = binding.top(feed, 1, width)
         times.append(time.perf_counter() - start)
         if width > 1:
             cache.trim(depth + index % max(tokens - width, 1))
-        feed = tokens_out % 256
+        feed = np.array([row.tokens[0] for row in picked]).reshape(batch, width) % 256
     return statistics.median(times[3:])
 
 
-def step_bytes(artifact: Artifact, batch: int, positions: int) -> int:
+def step_bytes(manifest: Manifest, batch: int, positions: int) -> int:
     """What a step must read: every linear layer's weights as stored, and the cache; of the embedding only rows."""
-    weights = sum(int(node["bytes"]) for node in artifact.manifest.nodes if node["role"] != "embed")
-    model = artifact.manifest.model
+    weights = sum(int(node["bytes"]) for node in manifest.nodes if node["role"] != "embed")
+    model = manifest.model
     cache = 2 * 2 * model["layers"] * model["kv_heads"] * model["head_dim"] * positions * batch
     return weights + cache
 
@@ -210,6 +284,8 @@ def _peers(options: argparse.Namespace, name: str) -> Iterator[Row]:
     common = {"what": "transformers", "model": name, "recipe": dtype, "captured": not options.tiny}
     yield {**common, "test": f"pp{options.prompt}", "tokens_per_second": options.prompt / peer.prompt(options.prompt)}
     for batch, depth in _cases(options):
+        if _is_late(options, f"transformers, batch {batch} at {depth}"):
+            continue
         try:
             step = peer.step(batch, depth, options.tokens)
         except torch.OutOfMemoryError:
@@ -218,9 +294,8 @@ def _peers(options: argparse.Namespace, name: str) -> Iterator[Row]:
         yield {**common, "test": f"tg{options.tokens} @ d{depth}", "batch": batch,
                "tokens_per_second": batch / step, "ms": 1e3 * step}  # fmt: skip
     del peer
-    gc.collect()
-    if options.device == "cuda":
-        torch.cuda.empty_cache()
+    torch.compiler.reset()  # its graphs hold memory too
+    _free(options.device)
 
 
 def _bars(rows: list[Row]) -> Iterator[str]:

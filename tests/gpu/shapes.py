@@ -1,12 +1,17 @@
 """Checkpoints of known shapes with random weights: speed does not depend on what the weights are."""
 
 import json
+import math
+import zlib
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
+import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from dsopt.compiler.checkpoint import Checkpoint, Source, Tensor
 
 _LAYER = "model.layers.{}."
 
@@ -60,27 +65,37 @@ SHAPES = {
 }
 
 
-def write_checkpoint(name: str, folder: Path) -> Path:
-    """A Hugging Face directory in bfloat16, one file a layer."""
+@dataclass(frozen=True)
+class RandomTensor(Tensor):
+    """Rows out of a pool of random numbers: nothing is stored, so that 8 billion weights cost no disk and no time."""
+
+    def _rows(self, start: int, stop: int) -> np.ndarray:
+        if len(self.shape) == 1:
+            return np.ones(stop - start, np.float32)
+        width, pool = self.shape[1], _pool()
+        first = (zlib.crc32(self.name.encode()) + start * width) % (pool.size // 2)
+        return np.resize(pool[first : first + (stop - start) * width], (stop - start, width))
+
+
+@cache
+def _pool() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(1 << 24, np.float32) * np.float32(0.02)
+
+
+def random_checkpoint(name: str, folder: Path) -> Checkpoint:
+    """A model of these sizes; config and tokenizer stand in `folder`, the weights are made when they are read."""
     config = SHAPES[name]
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({**config, "torch_dtype": "bfloat16"}))
+    (folder / "config.json").write_text(json.dumps(config))
     _tokenizer().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    files, layers = {}, config["num_hidden_layers"]
-    for index in range(layers + 1):
-        shapes = outer_shapes(config) if index == layers else layer_shapes(config, index)
-        file = f"model-{index + 1:05}-of-{layers + 1:05}.safetensors"
-        save_file({tensor: _random(shape, index) for tensor, shape in shapes.items()}, folder / file, {"format": "pt"})
-        files |= dict.fromkeys(shapes, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
-    return folder
-
-
-def _random(shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.bfloat16) * 0.02
+    shapes = outer_shapes(config)
+    for index in range(config["num_hidden_layers"]):
+        shapes |= layer_shapes(config, index)
+    tensors = {key: RandomTensor(key, shape, "BF16", 2 * math.prod(shape)) for key, shape in shapes.items()}
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    source = Source("random", name, folder, tuple(sorted(folder.iterdir())))
+    return Checkpoint(source, config, tensors, {key: data for key, data in files.items() if key != "config.json"})
 
 
 def layer_shapes(config: dict[str, Any], index: int) -> dict[str, tuple[int, ...]]:

@@ -3,10 +3,13 @@ the rest runs the same code with the CPU as the device."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
+from toy import Forced, Oracle
 
 from dsopt.runtime import devices
 from dsopt.runtime.artifact import open_artifact
@@ -14,9 +17,10 @@ from dsopt.runtime.cuda import DeviceBinding, DeviceCache, _narrow, _widen
 from dsopt.runtime.decoder import decode
 from dsopt.runtime.devices import choose_device, missing_provider
 from dsopt.runtime.errors import DsoptError, UsageError
-from dsopt.runtime.kv import CACHE_TYPES
+from dsopt.runtime.kv import CACHE_TYPES, LayerShape
 from dsopt.runtime.sampling import Sampler, Sampling
 from dsopt.runtime.session import Binding, Session
+from dsopt.runtime.speculate import Speculation, speculate
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "head_dim": 64, "max_position_embeddings": 600}
 IDS = np.random.default_rng(0).integers(0, 300, 60)
@@ -80,25 +84,74 @@ def test_a_full_context_leaves_the_cache_as_it_was(session: Session) -> None:
     assert binding.cache.length == 60
 
 
-def test_picks_are_the_largest_logits(session: Session) -> None:
+@pytest.mark.parametrize("count", [1, 2, 40, 64])
+def test_candidates_are_the_largest_logits(session: Session, count: int) -> None:
     one, other = device_binding(session), device_binding(session)
-    assert one.picks
-    for count in (20, 4, 1):
-        np.testing.assert_array_equal(one.pick(IDS[:count], count), other.run(IDS[:count], count).argmax(-1))
+    assert one.most_candidates == 64
+    for width in (20, 4, 1):
+        whole = other.run(IDS[:width], width)
+        for row, found in zip(whole, one.top(IDS[:width], count, width), strict=True):
+            np.testing.assert_array_equal(found.tokens, np.argsort(-row, kind="stable")[:count])
+            np.testing.assert_array_equal(found.logits, row[found.tokens])
 
 
-def test_decoding_by_picks_is_greedy_decoding(session: Session) -> None:
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "top-k": Sampling(temperature=0.9, top_k=40, seed=3),
+    "all cuts": Sampling(temperature=1.3, top_k=64, top_p=0.8, min_p=0.02, seed=4),
+    "one": Sampling(temperature=1.0, top_k=1, seed=5),
+    "penalty off by its window": Sampling(temperature=0.9, top_k=7, repeat_penalty=1.5, repeat_last_n=0, seed=6),
+}
+
+
+def tokens(binding: Binding, sampling: Sampling, limit: int, end: frozenset[int] = frozenset()) -> list[int]:
     prompt = IDS[:9].tolist()
+    return [s.token for s in decode(binding, prompt, choose=Sampler(sampling), limit=limit, end=end)]
 
-    def tokens(binding: Binding, limit: int, end: frozenset[int] = frozenset()) -> list[int]:
-        return [s.token for s in decode(binding, prompt, choose=Sampler(Sampling()), limit=limit, end=end)]
 
-    picked = tokens(device_binding(session), 12)
-    assert picked == tokens(session.bind(session.new_cache()), 12)
-    assert tokens(device_binding(session), 12, frozenset(picked[5:6])) == picked[: picked.index(picked[5]) + 1]
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_candidates_give_the_tokens_that_all_logits_give(
+    session: Session, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = device_binding(session)
+    whole.most_candidates = 0
+    wanted = tokens(whole, SAMPLINGS[name], 30)
     binding = device_binding(session)
-    assert tokens(binding, 0) == []
+    monkeypatch.setattr(binding, "run", None)  # whoever wants all logits fails
+    assert tokens(binding, SAMPLINGS[name], 30) == wanted
+    if name == "greedy":
+        assert (
+            tokens(device_binding(session), Sampling(), 30, frozenset(wanted[5:6]))
+            == (wanted[: wanted.index(wanted[5]) + 1])
+        )
+    binding = device_binding(session)
+    assert tokens(binding, SAMPLINGS[name], 0) == []
     assert binding.cache.length == 9
+
+
+@pytest.mark.parametrize("name", ["greedy", "top-k"])
+def test_verification_needs_no_more_than_candidates(
+    session: Session, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of them where it is greedy: the lead tells near ties."""
+    prompt, counts = IDS[:9].tolist(), set[int]()
+    text = tokens(session.bind(session.new_cache()), SAMPLINGS[name], 24)
+
+    def run(binding: Binding) -> tuple[list[int], int]:
+        speculation = Speculation(Oracle([*prompt, *text], session.vocab_size, 1), Forced(1))
+        steps = speculate(binding, prompt, speculation, sampler=Sampler(SAMPLINGS[name]), limit=24)
+        return [step.token for step in steps], speculation.tally.near_ties
+
+    whole = device_binding(session)
+    whole.most_candidates = 0
+    binding = device_binding(session)
+    top = binding.top
+    monkeypatch.setattr(binding, "run", None)
+    monkeypatch.setattr(binding, "top", lambda ids, count, *rest: counts.add(count) or top(ids, count, *rest))
+    made = run(binding)
+    assert made == run(whole)
+    assert made[0] == text
+    assert counts == {2 if name == "greedy" else 40}
 
 
 def test_a_device_takes_larger_chunks_of_a_prompt(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,11 +165,14 @@ def test_a_device_takes_larger_chunks_of_a_prompt(session: Session, monkeypatch:
     assert widths == [400, 1] * 2
 
 
-def test_sampling_gets_its_logits(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_candidates_cannot_decide_gets_all_logits(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     binding = device_binding(session)
-    monkeypatch.setattr(binding, "pick", None)  # whoever calls it fails
-    for sampling in (Sampling(temperature=1, seed=1), Sampling(repeat_penalty=1.1)):
-        assert len(list(decode(binding, [1, 2, 3], choose=Sampler(sampling), limit=3))) == 3
+    monkeypatch.setattr(binding, "top", None)
+    for options in ({"seed": 1}, {"top_k": 65, "seed": 1}, {"top_p": 0.9}, {"min_p": 0.1}):
+        assert len(list(decode(binding, [1, 2], choose=Sampler(Sampling(temperature=1, **options)), limit=3))) == 3
+    assert len(list(decode(binding, [1, 2], choose=Sampler(Sampling(repeat_penalty=1.1)), limit=3))) == 3
+    steps = list(decode(binding, [1, 2], choose=Sampler(Sampling()), limit=3, top=2))
+    assert all(len(step.top) == 2 for step in steps)
 
 
 def test_a_saved_cache_comes_back(session: Session) -> None:
@@ -196,10 +252,236 @@ def test_what_is_missing_is_named() -> None:
     assert missing_provider("CPUExecutionProvider") is None
 
 
-def test_a_missing_library_is_found_by_its_name(tmp_path: Path) -> None:
-    assert devices._missing_library(tmp_path) == (
-        f'{tmp_path}/libonnxruntime_providers_cuda.so is missing; pip install "onnxruntime-gpu[cuda,cudnn]"'
+class TestWhatIsMissing:
+    """`missing_provider`, with the system's libraries faked."""
+
+    LIBRARIES = ("libcudart.so.13", "libcublas.so.13", "libcublasLt.so.13", "libcurand.so.10", "libcufft.so.12")
+
+    @pytest.fixture
+    def system(self, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str | None]:
+        """`system(driver, provider=error)`: what is said with this driver, and this error at the provider's load."""
+
+        def ask(driver: Any, provider: str | None = None) -> str | None:
+            def load(name: str) -> Any:
+                if name == devices._DRIVER:
+                    if isinstance(driver, Exception):
+                        raise driver
+                    return driver
+                if provider is not None:
+                    raise OSError(provider)
+                return object()
+
+            monkeypatch.setattr(devices.ctypes, "CDLL", load)
+            monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+            monkeypatch.setattr(ort, "preload_dlls", lambda: print("Failed to load libx"), raising=False)
+            return missing_provider.__wrapped__("CUDAExecutionProvider")
+
+        return ask
+
+    @staticmethod
+    def driver(init: int = 0, count: int = 1, status: int = 0) -> Any:
+        def get_count(number: Any) -> int:
+            number._obj.value = count
+            return status
+
+        return SimpleNamespace(cuInit=lambda flags: init, cuDeviceGetCount=get_count)
+
+    def test_nothing(self, system: Callable[..., str | None], capsys: pytest.CaptureFixture[str]) -> None:
+        assert system(self.driver()) is None
+        assert capsys.readouterr().out == ""  # stdout is the answer's, whatever preload_dlls prints
+
+    @pytest.mark.parametrize("library", LIBRARIES)
+    def test_a_library(self, system: Callable[..., str | None], library: str) -> None:
+        said = system(self.driver(), f"{library}: cannot open shared object file: No such file or directory")
+        assert said == f'{library} is missing; pip install "onnxruntime-gpu[cuda,cudnn]"'
+
+    def test_the_provider_wants_symbols_of_its_host(self, system: Callable[..., str | None]) -> None:
+        assert system(self.driver(), "undefined symbol: Provider_GetHost") is None
+
+    def test_the_driver(self, system: Callable[..., str | None]) -> None:
+        assert system(OSError("not found")) == f"no NVIDIA driver ({devices._DRIVER} is missing)"
+        for broken in (self.driver(init=999), self.driver(count=0), self.driver(status=3)):
+            assert system(broken) == "no NVIDIA GPU is visible to the driver"
+
+    def test_a_wheel_without_cuda(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
+        said = missing_provider.__wrapped__("CUDAExecutionProvider")
+        assert said is not None
+        assert said.endswith("has no CUDAExecutionProvider; install onnxruntime-gpu in its place")
+
+
+class TestSessionForACard:
+    """How a session is asked for, and what becomes of one that ONNX Runtime quietly makes on the CPU."""
+
+    @pytest.fixture
+    def asked(self, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+        made, kind = dict[str, Any](), ort.InferenceSession
+
+        def make(graph: Path, options: ort.SessionOptions, *, providers: Any, **rest: Any) -> Any:
+            made.update(options=options, providers=providers, **rest)
+            session = kind(graph, options, providers=["CPUExecutionProvider"])
+            monkeypatch.setattr(session, "get_providers", lambda: made.get("got", ["CUDAExecutionProvider"]))
+            return session
+
+        monkeypatch.setattr(ort, "InferenceSession", make)
+        return made
+
+    @pytest.mark.parametrize(("captured", "graphs"), [(16, "1"), (0, "0")])
+    def test_options(
+        self, asked: dict[str, Any], compile_tiny: Callable[..., Path], captured: int, graphs: str,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        monkeypatch.delenv("ORT_FPA_INTB_GEMM", raising=False)
+        artifact = open_artifact(compile_tiny("int4", "cuda", **SIZES))
+        Session(artifact, device="cuda", captured=captured)
+        assert asked["providers"] == [("CUDAExecutionProvider", {"enable_cuda_graph": graphs})]
+        assert asked["enable_fallback"] == 0
+        entry = asked["options"].get_session_config_entry
+        assert entry("ep.cuda.fpa_intb_gemm") == "1"
+        assert entry("session.use_device_allocator_for_initializers") == "1"
+        monkeypatch.setenv("ORT_FPA_INTB_GEMM", "0")
+        Session(artifact, device="cuda")
+        with pytest.raises(RuntimeError, match="fpa_intb_gemm"):
+            asked["options"].get_session_config_entry("ep.cuda.fpa_intb_gemm")
+
+    def test_the_cpu_in_its_place(self, asked: dict[str, Any], compile_tiny: Callable[..., Path]) -> None:
+        asked["got"] = ["CPUExecutionProvider"]
+        with pytest.raises(DsoptError, match=r"^--device cuda: ONNX Runtime .* took the CPU in its place: ") as caught:
+            Session(open_artifact(compile_tiny("int4", "cuda", **SIZES)), device="cuda")
+        assert "\n" not in str(caught.value)
+
+    def test_no_cpu_session_comes_of_a_missing_library(self, compile_tiny: Callable[..., Path]) -> None:
+        if missing_provider("CUDAExecutionProvider") is None:
+            pytest.skip("there is a card")
+        with pytest.raises(DsoptError, match=r"took the CPU in its place|cannot load it"):
+            Session(open_artifact(compile_tiny("int4", "cuda", **SIZES)), device="cuda")
+
+
+class Recorder:
+    """A session whose bindings note what is bound; a run notes its graph's id and how much of the mask is ones."""
+
+    def __init__(self) -> None:
+        self.bound: list[dict[str, tuple[Any, ...]]] = []
+        self.runs: list[tuple[str, int, int]] = []  # graph, length of the mask, ones in it
+
+    def get_outputs(self) -> list[Any]:
+        return [SimpleNamespace(name="candidates.tokens")]
+
+    def io_binding(self) -> Any:
+        values: dict[str, tuple[Any, ...]] = {}
+        self.bound.append(values)
+        return SimpleNamespace(
+            values=values,
+            bind_input=lambda name, *where: values.update({name: where}),
+            bind_output=lambda name, *where: values.update({name: where}),
+            bind_ortvalue_input=lambda name, value: values.update({name: (value,)}),
+            bind_ortvalue_output=lambda name, value: values.update({name: (value,)}),
+        )
+
+    def run_with_iobinding(self, io: Any, options: ort.RunOptions) -> None:
+        mask = io.values["attention_mask"][0].numpy()
+        self.runs.append((options.get_run_config_entry("gpu_graph_id"), mask.shape[1], int(mask[0].sum())))
+
+
+class TestBinding:
+    """What a step binds, without a card: addresses, types, graphs."""
+
+    @staticmethod
+    def make(captured: int = 16, kind: str = "tensor(bfloat16)", batch: int = 1) -> tuple[DeviceBinding, Recorder]:
+        recorder = Recorder()
+        cache = DeviceCache([LayerShape(0, 2, 8), LayerShape(3, 1, 4)], 600, CACHE_TYPES[kind], "cpu", batch)
+        return DeviceBinding(recorder, cache, 50, "cpu", captured), recorder  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize(
+        ("kind", "number"),
+        [("tensor(bfloat16)", 16), ("tensor(float16)", 10), ("tensor(int8)", 3), ("tensor(float8e4m3fn)", 17)],
     )
+    def test_past_and_present_are_one_buffer_by_pointer(self, kind: str, number: int) -> None:
+        binding, recorder = self.make(kind=kind)
+        binding.run(np.zeros(1, np.int64))
+        (bound,) = recorder.bound
+        for name, shape in (("0.key", [1, 2, 256, 8]), ("3.value", [1, 1, 256, 4])):
+            address = binding.cache.values[name].data_ptr()
+            assert bound[f"past_key_values.{name}"] == ("cpu", 0, number, shape, address)
+            assert bound[f"present.{name}"] == bound[f"past_key_values.{name}"]
+
+    def test_each_shape_of_few_rows_is_a_graph_of_its_own(self) -> None:
+        binding, recorder = self.make()
+        for count, rows, candidates in ((1, 1, 0), (1, 1, 1), (8, 8, 2), (8, 1, 2), (16, 16, 0)) * 2:
+            binding.cache.trim(0)
+            ids = np.zeros(count, np.int64)
+            binding.top(ids, candidates, rows) if candidates else binding.run(ids, rows)
+        graphs = [graph for graph, _, _ in recorder.runs]
+        assert graphs[:5] == graphs[5:]  # used again
+        assert len(set(graphs)) == 5
+        assert "-1" not in graphs
+        assert len(recorder.bound) == 5
+        assert {(length, ones) for _, length, ones in recorder.runs} == {(256, 1), (256, 8), (256, 16)}
+        other, recorder_2 = self.make()
+        other.run(np.zeros(1, np.int64))
+        assert recorder_2.runs[0][0] not in graphs  # ids are unique in a process
+
+    def test_growth_makes_new_graphs(self) -> None:
+        binding, recorder = self.make()
+        binding.run(np.zeros(1, np.int64))
+        binding.cache.reserve(300)
+        binding.run(np.zeros(1, np.int64))
+        (first, *_), (second, length, ones) = recorder.runs
+        assert first != second
+        assert (length, ones) == (512, 2)
+        before, after = (bound["past_key_values.0.key"] for bound in recorder.bound)
+        assert before[4] != after[4]
+
+    def test_prompts_are_not_captured_and_nothing_is_where_it_is_off(self) -> None:
+        binding, recorder = self.make()
+        binding.run(np.zeros(17, np.int64))
+        binding.run(np.zeros(40, np.int64))
+        assert recorder.runs == [("-1", 17, 17), ("-1", 57, 57)]  # the mask is as long as the sequence
+        off, recorder = self.make(captured=0)
+        off.run(np.zeros(1, np.int64))
+        off.run(np.zeros(2, np.int64))
+        assert recorder.runs == [("-1", 256, 1), ("-1", 3, 3)]
+
+    def test_several_sequences_advance_together(self) -> None:
+        binding, recorder = self.make(batch=3)
+        assert binding.run(np.zeros((3, 1), np.int64)).shape == (3, 50)
+        assert [len(row.tokens) for row in binding.top(np.zeros((3, 2), np.int64), 5, 2)] == [5] * 6
+        assert recorder.bound[0]["past_key_values.0.key"][3] == [3, 2, 256, 8]
+
+    def test_a_quantized_cache_is_saved_as_its_codes(self) -> None:
+        for kind in ("tensor(int8)", "tensor(float8e4m3fn)"):
+            cache, other = (self.make(kind=kind)[0].cache for _ in range(2))
+            codes = np.random.default_rng(0).integers(0, 127, (1, 2, 256, 8)).astype(cache.kind.storage)
+            cache.values["0.key"].update_inplace(codes)
+            cache.length = 9
+            other.restore(cache.valid(), 9)
+            np.testing.assert_array_equal(other.values["0.key"].numpy()[:, :, :9], codes[:, :, :9])
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("recipe", ["int4", "none", "int8,dtype=bf16", "fp8,dtype=bf16"])
+@pytest.mark.parametrize("width", [2, 4, 8, 16])
+def test_exact_mode_has_one_text_with_any_drafter(
+    compile_tiny: Callable[..., Path], device: str, recipe: str, width: int
+) -> None:
+    """Every run has the same rows: bit for bit the same text, whatever was drafted and rejected."""
+    if device == "cpu" and "bf16" in recipe:
+        pytest.skip("the CPU has no such kernels")
+    loaded = Session(open_artifact(compile_tiny(recipe, "cuda", **SIZES)), device=device)
+    prompt = IDS[:9].tolist()
+
+    def text(drafter: Oracle | None) -> list[int]:
+        binding = device_binding(loaded) if device == "cpu" else loaded.bind(loaded.new_cache())
+        speculation = Speculation(drafter, Forced(2, width - 1), widths=(width,))
+        steps = speculate(binding, prompt, speculation, sampler=Sampler(Sampling()), limit=40)
+        return [step.token for step in steps]
+
+    wanted = text(None)
+    for seed in range(3):
+        assert text(Oracle([*prompt, *wanted], loaded.vocab_size, seed)) == wanted
 
 
 @pytest.mark.cuda
@@ -252,15 +534,35 @@ class TestOnTheCard:
                 binding.cache.trim(40)
                 np.testing.assert_allclose(binding.run(IDS[40 : 40 + width], width), whole[40 : 40 + width], atol=0.05)
 
-    def test_a_step_of_fixed_width_does_not_depend_on_its_neighbours(self, compile_tiny: Callable[..., Path]) -> None:
-        session = Session(open_artifact(compile_tiny("int4", "cuda", **SIZES)), device="cuda")
+    @pytest.mark.parametrize("width", [1, 2, 4, 5, 8, 16])
+    @pytest.mark.parametrize("recipe", ["none", "none,dtype=bf16", "int4", "int8", "fp8,dtype=bf16", "int4,cache=int8"])
+    def test_a_step_of_fixed_width_does_not_depend_on_its_neighbours(
+        self, compile_tiny: Callable[..., Path], recipe: str, width: int
+    ) -> None:
+        session = Session(open_artifact(compile_tiny(recipe, "cuda", **SIZES)), device="cuda")
         binding = session.bind(session.new_cache())
         logits(binding, [40])
         first = []
-        for fill in (0, 17, 250):
+        for fill in (0, 17, 250, 3):  # a run, its capture, replays
             binding.cache.trim(40)
-            ids = np.full(8, fill)
+            ids = np.full(width, fill)
             ids[0] = IDS[40]
-            first.append(binding.run(ids, 8)[0].copy())
-        np.testing.assert_array_equal(first[0], first[1])
-        np.testing.assert_array_equal(first[0], first[2])
+            first.append(binding.run(ids, width)[0].copy())
+        for other in first[1:]:
+            np.testing.assert_array_equal(first[0], other)
+
+    @pytest.mark.parametrize("count", [1, 2, 40, 64])
+    def test_candidates(self, compile_tiny: Callable[..., Path], count: int) -> None:
+        session = Session(open_artifact(compile_tiny("int4", "cuda", **SIZES)), device="cuda")
+        whole, some = (session.bind(session.new_cache()) for _ in range(2))
+        for width in (20, 4, 4, 4, 1, 1, 1):
+            rows = whole.run(IDS[:width], width).copy()
+            for row, found in zip(rows, some.top(IDS[:width], count, width), strict=True):
+                np.testing.assert_array_equal(found.logits, np.sort(row)[::-1][:count])
+                np.testing.assert_array_equal(row[found.tokens], found.logits)
+
+    @pytest.mark.parametrize("recipe", ["none,cache=int8", "none,cache=fp8"])
+    def test_a_cache_in_8_bits(self, compile_tiny: Callable[..., Path], recipe: str, reference: np.ndarray) -> None:
+        session = Session(open_artifact(compile_tiny(recipe, "cuda", **SIZES)), device="cuda")
+        for split in SPLITS:
+            np.testing.assert_allclose(logits(session.bind(session.new_cache()), split), reference, atol=1.5)

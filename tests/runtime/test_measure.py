@@ -16,7 +16,7 @@ from dsopt.runtime.session import PREFILL_CHUNK, Session
 class SlowSession:
     """A session, its binding and the clock: n tokens take n ms; a run is noted as (cached, n, rows)."""
 
-    vocab_size = 50
+    vocab_size, most_candidates = 50, 0
 
     def __init__(self, context: int = 4096) -> None:
         self.context, self.now, self.runs = context, 0, []
@@ -28,7 +28,7 @@ class SlowSession:
         self.cache = cache
         return self
 
-    def run(self, ids: np.ndarray, rows: int = 1) -> np.ndarray:
+    def run(self, ids: np.ndarray, rows: int = 1, keep: int | None = None) -> np.ndarray:
         assert min(ids) >= 0
         assert max(ids) < self.vocab_size
         self.runs.append((self.cache.length, len(ids), rows))
