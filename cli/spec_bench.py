@@ -49,8 +49,16 @@ class SpecOptions:
     threads: int | None
     output: str
     device: str = "auto"
+    calibrate: bool = False
+    temp: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.kind == "none":
+            raise UsageError("--spec none compares nothing; give ngram, auto or the directory of a compiled model")
+        if self.calibrate:
+            self._check_calibration()
+        elif self.temp:
+            raise UsageError("--temp needs --calibrate; answers are compared at temperature 0")
         if (self.prompts is None) == (self.accept is None):
             raise UsageError("--spec needs --prompts FILE.jsonl to answer, or --synthetic-accept R to reckon with")
         if self.accept is not None and self.exact is not None:
@@ -59,6 +67,16 @@ class SpecOptions:
             raise UsageError(f"--synthetic-accept is {self.accept}; a probability from 0 to 1")
         if self.tokens < 2:
             raise UsageError(f"-n is {self.tokens}; --spec needs 2 or more tokens an answer")
+
+    def _check_calibration(self) -> None:
+        if self.kind == "ngram":
+            raise UsageError(
+                "--spec ngram has nothing to calibrate: it goes by what was accepted, not by probabilities"
+            )
+        if self.accept is not None or self.prompts is None:
+            raise UsageError("--calibrate needs --prompts FILE.jsonl to draft on")
+        if self.exact is not None:
+            raise UsageError("--exact and --no-exact are of the comparison; --calibrate verifies every draft whole")
 
 
 def run_spec(artifact: "Artifact", options: SpecOptions) -> Iterator[str]:
@@ -71,8 +89,12 @@ def run_spec(artifact: "Artifact", options: SpecOptions) -> Iterator[str]:
     model = Model(artifact, threads=options.threads, device=device)
     if prompts is None:
         yield from _print_prospects(model, options)
-        return
-    yield from _print(_compare(model, prompts, options), options.output)
+    elif options.calibrate:
+        from dsopt.cli.spec_calibrate import print_calibration
+
+        yield from print_calibration(model, tokenized(model, prompts, options.tokens), options)
+    else:
+        yield from _print(_compare(model, prompts, options), options.output)
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
@@ -112,10 +134,9 @@ def _compare(model: "Model", prompts: list[tuple[str, str]], options: SpecOption
     from dsopt.runtime.spec_measure import compare
 
     speculation = open_speculation(model, options.kind, exact=options.exact, measuring=note_measuring, fresh_curve=True)
-    if speculation is None or speculation.drafter is None:
-        raise UsageError("--spec none compares nothing; give ngram, auto or the directory of a compiled model")
+    assert speculation is not None
     reference = open_speculation(model, "none", exact=True) if speculation.widths else None
-    tasks = _tasks(model, prompts, options.tokens)
+    tasks = tokenized(model, prompts, options.tokens)
     with progress_bar("prompts", count=True) as progress:
         done = 0
         progress(0, len(tasks))
@@ -125,7 +146,8 @@ def _compare(model: "Model", prompts: list[tuple[str, str]], options: SpecOption
             yield _record(comparison, speculation)
 
 
-def _tasks(model: "Model", prompts: list[tuple[str, str]], tokens: int) -> "list[Task]":
+def tokenized(model: "Model", prompts: list[tuple[str, str]], tokens: int) -> "list[Task]":
+    """The ids of each prompt. Raises DsoptError where an answer of `tokens` has no room."""
     from dsopt.runtime.spec_measure import OVERALL, Task
 
     tasks = []

@@ -59,7 +59,7 @@ def test_copied_drafts_change_no_token(model: Model, prompt: str, options: dict[
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_drafter_like_the_target_is_always_right(model: Model, prompt: str) -> None:
     drafter = ModelDrafter(model, model.session.vocab_size, GREEDY)
-    drafter._acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    drafter._confidence.acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
     got, result = tokens(model, prompt, Speculation(drafter, Forced()))
     assert got == tokens(model, prompt)[0]
     tally = result.speculation.tally
@@ -69,7 +69,7 @@ def test_a_drafter_like_the_target_is_always_right(model: Model, prompt: str) ->
 
 def test_another_model_drafts_and_keeps_nothing_of_what_was_rejected(model: Model, other: Model) -> None:
     drafter = ModelDrafter(other, model.session.vocab_size, GREEDY)
-    drafter._acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    drafter._confidence.acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
     text = tokens(model, "A", limit=100)[0]
     for drafted in (1, 4, 3, 7):
         drafter.begin()
@@ -87,7 +87,7 @@ def tokens_after(model: Model, text: list[int], count: int) -> list[int]:
 
 def test_a_drafter_whose_context_is_full_has_no_idea(model: Model, other: Model) -> None:
     drafter = ModelDrafter(other, model.session.vocab_size, GREEDY)
-    drafter._acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    drafter._confidence.acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
     drafter.accept(list(range(125)), None)
     assert len(drafter.draft(1, 10).tokens) == 3  # positions 126, 127, 128
     drafter.accept([1, 2, 3], None)
@@ -98,7 +98,7 @@ def test_a_drafter_whose_context_is_full_has_no_idea(model: Model, other: Model)
 
 def test_drawn_drafts_come_with_what_they_were_drawn_from(model: Model, other: Model) -> None:
     drafter = ModelDrafter(other, model.session.vocab_size + 5, Sampling(temperature=1.0, top_k=4, seed=3))
-    drafter._acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    drafter._confidence.acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
     drafter.accept([65, 66], None)
     draft = drafter.draft(67, 5)
     assert draft.distributions is not None
