@@ -36,7 +36,8 @@ class Position:
 def calibrate(confidence: Logits, accepted: Sequence[int], folds: Sequence[int], steps: int) -> list[Position]:
     """Fit on all rounds. `folds`: 0 or 1 for each round; each half is judged by the temperatures of the other half.
 
-    Where those are no better than none, all over, so is the fit: it is 1.
+    Where those are no better than none, by the Brier score of all positions, the fit is 1: the calibration error of few
+    rounds is mostly noise, and to fit it is to fit that.
     """
     logits, survived = _table(confidence, accepted, steps)
     half = np.asarray(folds)
@@ -48,8 +49,7 @@ def calibrate(confidence: Logits, accepted: Sequence[int], folds: Sequence[int],
     before, after = _reached(logits, np.ones(steps)), _reached(logits, other)
     errors = [_errors(before, survived, step) + _errors(after, survived, step) for step in range(steps)]
     fitted = fit_temperatures(confidence, accepted, steps, least=LEAST)
-    known = [step for step in errors if None not in step]
-    if sum(step[2] or 0 for step in known) >= sum(step[0] or 0 for step in known):
+    if sum(after or 0 for *_, after in errors) >= sum(before or 0 for _, before, *_ in errors):  # Brier scores
         fitted = [1.0] * steps
     return [
         Position(step, int(n), float(survived[seen, step].mean()) if n else None, fitted[step], e0, e1, b0, b1)
