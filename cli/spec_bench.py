@@ -94,7 +94,8 @@ def run_spec(artifact: "Artifact", options: SpecOptions) -> Iterator[str]:
 
         yield from print_calibration(model, tokenized(model, prompts, options.tokens), options)
     else:
-        yield from _print(_compare(model, prompts, options), options.output)
+        tasks = tokenized(model, prompts, options.tokens)
+        yield from _print(_told(_compare(model, tasks, options)), options.output)
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
@@ -129,14 +130,32 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _compare(model: "Model", prompts: list[tuple[str, str]], options: SpecOptions) -> Iterator[dict[str, Any]]:
+def _told(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The records; at the end one line on stderr where speculation gained nothing, and why."""
+    record: dict[str, Any] = {}
+    for record in records:
+        yield record
+    if record["decode_speedup"] is not None and record["decode_speedup"] < 1:
+        warn(f"dsopt: {record['draft']} gains nothing here: {_reason(record)}")
+
+
+def _reason(record: dict[str, Any]) -> str:
+    rate = record["accept_rate"]
+    accepted = "no token was verified" if rate is None else f"{100 * rate:.0f} % of the tokens verified were accepted"
+    return (
+        f"{record['decode_speedup']:.2f} x plain decoding; {accepted}, drafting took "
+        f"{100 * (record['draft_share'] or 0):.0f} % of the time, and it was left alone in "
+        f"{record['paused_rounds']} of {record['rounds']} rounds"
+    )
+
+
+def _compare(model: "Model", tasks: "list[Task]", options: SpecOptions) -> Iterator[dict[str, Any]]:
     from dsopt.runtime.drafters.choice import open_speculation
     from dsopt.runtime.spec_measure import compare
 
     speculation = open_speculation(model, options.kind, exact=options.exact, measuring=note_measuring, fresh_curve=True)
     assert speculation is not None
     reference = open_speculation(model, "none", exact=True) if speculation.widths else None
-    tasks = tokenized(model, prompts, options.tokens)
     with progress_bar("prompts", count=True) as progress:
         done = 0
         progress(0, len(tasks))
@@ -147,12 +166,13 @@ def _compare(model: "Model", prompts: list[tuple[str, str]], options: SpecOption
 
 
 def tokenized(model: "Model", prompts: list[tuple[str, str]], tokens: int) -> "list[Task]":
-    """The ids of each prompt. Raises DsoptError where an answer of `tokens` has no room."""
+    """The ids of each prompt, as a message where the model has a chat template. Raises DsoptError where an answer of
+    `tokens` has no room."""
     from dsopt.runtime.spec_measure import OVERALL, Task
 
-    tasks = []
+    tasks, speaks = [], bool(model.artifact.text("chat_template.jinja"))
     for category, prompt in prompts:
-        ids = model.prompt([{"role": "user", "content": prompt}])
+        ids = model.prompt([{"role": "user", "content": prompt}]) if speaks else model.encode(prompt)
         if len(ids) + tokens > model.session.context:
             raise DsoptError(
                 f"a prompt of category {category} has {len(ids)} tokens; with -n {tokens} it does not fit a context "
@@ -185,6 +205,7 @@ def _record(comparison: "Comparison", speculation: "Speculation") -> dict[str, A
         "identical_share": comparison.identical,
         "near_ties": tally.near_ties,
         "rounds": tally.rounds,
+        "paused_rounds": tally.paused_rounds,
         "proposed_tokens": tally.proposed,
         "accepted_tokens": tally.accepted,
         "base_tokens": sum(len(answer.tokens) for answer in comparison.plain),
