@@ -204,6 +204,7 @@ def _record(comparison: "Comparison", speculation: "Speculation") -> dict[str, A
         **shares,
         "identical_share": comparison.identical,
         "near_ties": tally.near_ties,
+        "diverged_margins": [round(margin, 4) for margin in comparison.margins],
         "rounds": tally.rounds,
         "paused_rounds": tally.paused_rounds,
         "proposed_tokens": tally.proposed,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dsopt.runtime.curve import VerifyCurve
+from dsopt.runtime.decoder import prefill
 from dsopt.runtime.drafters import Drafter
 from dsopt.runtime.drafters.model import ModelDrafter
 from dsopt.runtime.model import Model, Result
@@ -50,6 +51,9 @@ class Comparison:
     plain: list[Answer] = field(default_factory=list)
     speculative: list[Answer] = field(default_factory=list)
     reference: list[Answer] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    """Of each answer that is not what it is without a drafter: by how many logits one token led the other where they
+    part, in a run that reads the prompt and the answer so far anew."""
 
     @property
     def tally(self) -> Tally:
@@ -97,8 +101,22 @@ def compare(
                 kept.speculative.append(answers[id(speculation)])
                 if reference:
                     kept.reference.append(answers[id(reference)])
+            margin = _margin(model, task, answers[id(reference)], answers[id(speculation)])
+            for kept in (comparison, overall):
+                kept.margins += margin
         yield comparison
     yield overall
+
+
+def _margin(model: Model, task: Task, one: Answer, other: Answer) -> list[float]:
+    """[] where both are the same, or one goes on where the other ends."""
+    pairs = enumerate(zip(one.tokens, other.tokens, strict=False))
+    parted = next(((index, a, b) for index, (a, b) in pairs if a != b), None)
+    if parted is None:
+        return []
+    index, a, b = parted
+    logits = prefill(model.session.bind(model.session.new_cache()), [*task.prompt, *one.tokens[:index]])
+    return [abs(float(logits[a] - logits[b]))]
 
 
 def _answer(model: Model, task: Task, speculation: Speculation | None, limit: int) -> Answer:

@@ -24,7 +24,7 @@ from dsopt.runtime.sampling import Sampler, Sampling
 from dsopt.runtime.session import Session
 from dsopt.runtime.speculate import Speculation, speculate
 
-BLOCKS = ["vanilla", "gated", "rnn", "dflash"]
+BLOCKS = ["vanilla", "gated", "rnn", "unsure", "dflash"]
 RNG = np.random.default_rng(3)
 TOKENS = RNG.integers(0, 320, 60).tolist()
 
@@ -83,9 +83,10 @@ def best_probability(logits: torch.Tensor) -> torch.Tensor:
     return logits.double().softmax(-1).amax(-1).clamp(1e-4, 1 - 1e-4)
 
 
+@pytest.mark.parametrize("name", ["eagle3", "eagle3-llama"])
 @torch.no_grad()
-def test_eagle3_rounds_are_the_unrolled_pass_of_training(compile_pair: Callable[..., Any]) -> None:
-    pair = compile_pair("eagle3")
+def test_eagle3_rounds_are_the_unrolled_pass_of_training(name: str, compile_pair: Callable[..., Any]) -> None:
+    pair = compile_pair(name)
     drafter, reference = drafter_of(pair, temperature=1.0, seed=1), Reference(pair.drafter)
     taps, done = random_taps(drafter), 0
     for anchor in [1, 4, 5, 10, 30]:
