@@ -78,7 +78,7 @@ TARGETS = {
             "CPUExecutionProvider",
             "cpu",
             {"fp32": ("none", "w8a8", *_NBITS)},
-            _operators("fp32") | {"AveragePool": ("fp32",)},
+            _operators("fp32") | dict.fromkeys(("AveragePool", "Pad"), ("fp32",)),
             largest_head=1 << 16,
         ),
         Target(
