@@ -9,6 +9,8 @@ import numpy as np
 from dsopt.runtime.curve import VerifyCurve
 from dsopt.runtime.decoder import prefill
 from dsopt.runtime.drafters import Drafter
+from dsopt.runtime.drafters.deepspec import BlockDrafter
+from dsopt.runtime.drafters.eagle3 import Eagle3Drafter
 from dsopt.runtime.drafters.model import ModelDrafter
 from dsopt.runtime.model import Model, Result
 from dsopt.runtime.speculate import Speculation
@@ -144,12 +146,14 @@ class Prospect:
 
 
 def prospects(curve: VerifyCurve, accept: float, drafter: Drafter | None, model: Model) -> list[Prospect]:
-    """For every width of the curve. `accept`: probability of each drafted token, given those before it."""
+    """For every width of the curve that a draft can fill. `accept`: of each drafted token, given those before it."""
     plain = curve.seconds(1, _DEPTH)
-    drafted = [width - 1 for width in curve.widths[1:]]
+    longest = drafter.positions if isinstance(drafter, BlockDrafter | Eagle3Drafter) else curve.widths[-1]
+    widths = [width for width in curve.widths[1:] if width <= longest + 1]
+    drafted = [width - 1 for width in widths]
     costs = draft_seconds(drafter, model, drafted) if drafter is not None else [0.0] * len(drafted)
     rows = []
-    for width, drafting in zip(curve.widths[1:], costs, strict=True):
+    for width, drafting in zip(widths, costs, strict=True):
         verifying = curve.seconds(width, _DEPTH)
         expected = sum(accept**position for position in range(width))
         rows.append(Prospect(width - 1, drafting, verifying, (drafting + verifying) / plain, expected))
@@ -164,7 +168,8 @@ def draft_seconds(drafter: Drafter, model: Model, counts: Sequence[int]) -> list
     if isinstance(drafter, ModelDrafter):
         drafter.worth = 0.0  # random tokens surprise it, and it would give up
     drafter.begin()
-    _show(drafter, model, min(_DEPTH, model.session.context // 2))
+    coming = len(counts) * _REPETITIONS * _ACCEPTED + max(counts) + 1
+    _show(drafter, model, max(min(_DEPTH, model.session.context - coming), 1))
     drafter.draft(0, counts[0])  # reads all that, and allocates
     found = []
     for count in counts:
