@@ -58,6 +58,16 @@ def bench_command(
         float | None,
         typer.Option(metavar="R", help="With --spec: what it would gain, were each drafted token right so often."),
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="With --spec and --prompts: fit the drafter's confidence to what is accepted, and keep it.",
+        ),
+    ] = False,
+    temp: Annotated[
+        float, typer.Option(help="With --calibrate: fit drawing at this temperature too, not greedy decoding alone.")
+    ] = 0.0,
     exact: Annotated[
         bool | None, typer.Option("--exact/--no-exact", help="With --spec: as in generate.", show_default=False)
     ] = None,
@@ -85,12 +95,15 @@ def bench_command(
     if spec is not None:
         if (n_prompt, pairs, n_depth, repetitions) != (["512"], [], ["0"], 5):
             raise UsageError("-p, -pg, -d and -r are of llama-bench's tests; --spec has --prompts and -n")
-        options = SpecOptions(spec, prompts, synthetic_accept, _one_number("-n", n_gen), exact, threads, output, device)
+        if synthetic_accept is not None and n_gen != ["128"]:
+            raise UsageError("-n needs --prompts; --synthetic-accept answers nothing")
+        tokens = _one_number("-n", n_gen)
+        options = SpecOptions(spec, prompts, synthetic_accept, tokens, exact, threads, output, device, calibrate, temp)
         for line in run_spec(find_artifact(directory or model), options):
             print(line, flush=True)
         return
-    if prompts is not None or synthetic_accept is not None or exact is not None:
-        raise UsageError("--prompts, --synthetic-accept and --exact need --spec KIND")
+    if prompts is not None or synthetic_accept is not None or exact is not None or calibrate or temp:
+        raise UsageError("--prompts, --synthetic-accept, --calibrate, --temp and --exact need --spec KIND")
     workloads = _workloads(n_prompt, n_gen, pairs, n_depth)
     artifact = find_artifact(directory or model)
     from dsopt.runtime.devices import choose_device

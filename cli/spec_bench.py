@@ -49,8 +49,16 @@ class SpecOptions:
     threads: int | None
     output: str
     device: str = "auto"
+    calibrate: bool = False
+    temp: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.kind == "none":
+            raise UsageError("--spec none compares nothing; give ngram, auto or the directory of a compiled model")
+        if self.calibrate:
+            self._check_calibration()
+        elif self.temp:
+            raise UsageError("--temp needs --calibrate; answers are compared at temperature 0")
         if (self.prompts is None) == (self.accept is None):
             raise UsageError("--spec needs --prompts FILE.jsonl to answer, or --synthetic-accept R to reckon with")
         if self.accept is not None and self.exact is not None:
@@ -59,6 +67,16 @@ class SpecOptions:
             raise UsageError(f"--synthetic-accept is {self.accept}; a probability from 0 to 1")
         if self.tokens < 2:
             raise UsageError(f"-n is {self.tokens}; --spec needs 2 or more tokens an answer")
+
+    def _check_calibration(self) -> None:
+        if self.kind == "ngram":
+            raise UsageError(
+                "--spec ngram has nothing to calibrate: it goes by what was accepted, not by probabilities"
+            )
+        if self.accept is not None or self.prompts is None:
+            raise UsageError("--calibrate needs --prompts FILE.jsonl to draft on")
+        if self.exact is not None:
+            raise UsageError("--exact and --no-exact are of the comparison; --calibrate verifies every draft whole")
 
 
 def run_spec(artifact: "Artifact", options: SpecOptions) -> Iterator[str]:
@@ -71,8 +89,13 @@ def run_spec(artifact: "Artifact", options: SpecOptions) -> Iterator[str]:
     model = Model(artifact, threads=options.threads, device=device)
     if prompts is None:
         yield from _print_prospects(model, options)
-        return
-    yield from _print(_compare(model, prompts, options), options.output)
+    elif options.calibrate:
+        from dsopt.cli.spec_calibrate import print_calibration
+
+        yield from print_calibration(model, tokenized(model, prompts, options.tokens), options)
+    else:
+        tasks = tokenized(model, prompts, options.tokens)
+        yield from _print(_told(_compare(model, tasks, options)), options.output)
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
@@ -107,15 +130,32 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _compare(model: "Model", prompts: list[tuple[str, str]], options: SpecOptions) -> Iterator[dict[str, Any]]:
+def _told(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The records; at the end one line on stderr where speculation gained nothing, and why."""
+    record: dict[str, Any] = {}
+    for record in records:
+        yield record
+    if record["decode_speedup"] is not None and record["decode_speedup"] < 1:
+        warn(f"dsopt: {record['draft']} gains nothing here: {_reason(record)}")
+
+
+def _reason(record: dict[str, Any]) -> str:
+    rate = record["accept_rate"]
+    accepted = "no token was verified" if rate is None else f"{100 * rate:.0f} % of the tokens verified were accepted"
+    return (
+        f"{record['decode_speedup']:.2f} x plain decoding; {accepted}, drafting took "
+        f"{100 * (record['draft_share'] or 0):.0f} % of the time, and it was left alone in "
+        f"{record['paused_rounds']} of {record['rounds']} rounds"
+    )
+
+
+def _compare(model: "Model", tasks: "list[Task]", options: SpecOptions) -> Iterator[dict[str, Any]]:
     from dsopt.runtime.drafters.choice import open_speculation
     from dsopt.runtime.spec_measure import compare
 
     speculation = open_speculation(model, options.kind, exact=options.exact, measuring=note_measuring, fresh_curve=True)
-    if speculation is None or speculation.drafter is None:
-        raise UsageError("--spec none compares nothing; give ngram, auto or the directory of a compiled model")
+    assert speculation is not None
     reference = open_speculation(model, "none", exact=True) if speculation.widths else None
-    tasks = _tasks(model, prompts, options.tokens)
     with progress_bar("prompts", count=True) as progress:
         done = 0
         progress(0, len(tasks))
@@ -125,12 +165,14 @@ def _compare(model: "Model", prompts: list[tuple[str, str]], options: SpecOption
             yield _record(comparison, speculation)
 
 
-def _tasks(model: "Model", prompts: list[tuple[str, str]], tokens: int) -> "list[Task]":
+def tokenized(model: "Model", prompts: list[tuple[str, str]], tokens: int) -> "list[Task]":
+    """The ids of each prompt, as a message where the model has a chat template. Raises DsoptError where an answer of
+    `tokens` has no room."""
     from dsopt.runtime.spec_measure import OVERALL, Task
 
-    tasks = []
+    tasks, speaks = [], bool(model.artifact.text("chat_template.jinja"))
     for category, prompt in prompts:
-        ids = model.prompt([{"role": "user", "content": prompt}])
+        ids = model.prompt([{"role": "user", "content": prompt}]) if speaks else model.encode(prompt)
         if len(ids) + tokens > model.session.context:
             raise DsoptError(
                 f"a prompt of category {category} has {len(ids)} tokens; with -n {tokens} it does not fit a context "
@@ -162,7 +204,9 @@ def _record(comparison: "Comparison", speculation: "Speculation") -> dict[str, A
         **shares,
         "identical_share": comparison.identical,
         "near_ties": tally.near_ties,
+        "diverged_margins": [round(margin, 4) for margin in comparison.margins],
         "rounds": tally.rounds,
+        "paused_rounds": tally.paused_rounds,
         "proposed_tokens": tally.proposed,
         "accepted_tokens": tally.accepted,
         "base_tokens": sum(len(answer.tokens) for answer in comparison.plain),

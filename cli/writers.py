@@ -140,6 +140,7 @@ def speculation_record(speculation: "Speculation") -> dict[str, Any]:
         "exact": bool(speculation.widths),
         "exact_cost": round(speculation.exact_cost, 4) if speculation.widths else None,
         "rounds": tally.rounds,
+        "paused_rounds": tally.paused_rounds,
         "proposed_tokens": tally.proposed,
         "accepted_tokens": tally.accepted,
         "accept_rate": _rounded(tally.accept_rate),
@@ -186,6 +187,8 @@ def _speculated(spec: Mapping[str, Any] | None) -> list[str]:
         )
     elif spec["draft"] != "none":
         parts.append("draft 0/0 accepted")
+    if spec["paused_rounds"]:
+        parts.append(f"paused in {spec['paused_rounds']} of {spec['rounds']} rounds, where drafting loses")
     if seconds := spec["draft_seconds"] + spec["verify_seconds"] + spec["overhead_seconds"]:
         shares = [f"{name} {100 * spec[f'{name}_seconds'] / seconds:.0f} %" for name in ("draft", "verify", "overhead")]
         parts.append(" ".join(shares))

@@ -25,11 +25,14 @@ from dsopt.compiler.passes.check_kernels import CheckKernels
 from dsopt.compiler.passes.prune_blocks import PruneBlocks
 from dsopt.compiler.passes.prune_features import PruneFeatures
 from dsopt.compiler.passes.quantize_linears import Evidence, is_exact, module_name
+from dsopt.compiler.passes.shorten_head import ShortenHead
 from dsopt.compiler.passes.smooth_linears import SmoothLinears
-from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
+from dsopt.compiler.passes.tie_embeddings import EMBEDDING, TieEmbeddings
+from dsopt.compiler.passes.widen_logits import WidenLogits
 from dsopt.compiler.probe import probed
 from dsopt.compiler.pruning.account import describe_pruning
 from dsopt.compiler.pruning.decide import Cuts, decide
+from dsopt.compiler.pruning.head import choose_head
 from dsopt.compiler.pruning.options import NOTHING, Pruning, full_text
 from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabulary
 from dsopt.compiler.recipe import HEAD, Format, Recipe
@@ -104,13 +107,19 @@ def plan(
     for step in passes[: len(CLEAN)]:
         step(model)
     nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
-    pruned = None
+    pruned, said = None, None
     if pruning:
-        cuts = decide(checkpoint, pruning, calibrate(checkpoint), report) if pruning.needs_text else Cuts()
+        windows = calibrate(checkpoint) if pruning.needs_text or pruning.head else []
+        cuts = decide(checkpoint, pruning, windows, report) if pruning.needs_text else Cuts()
         for step in (PruneFeatures(cuts.channels, cuts.groups, cuts.weights), PruneBlocks(cuts.removed)):
             step(model)
+        if pruning.head:
+            said = choose_head(windows, pruning.head, config.vocab_size, _token_ids(checkpoint, config.vocab_size)[1])
+            ShortenHead(said)(model)
+            fact = {"head": {"tokens": len(said), "of": config.vocab_size}}
+            cuts = dataclasses.replace(cuts, steps={**cuts.steps, **fact})
         before = [_with_rows(node, recipe, whole.config["vocab_size"]) for node in nodes]
-        nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
+        nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings and not pruning.head)
         pruned = describe_pruning(pruning.text, before, nodes, cuts, vocabulary.record if vocabulary else {})
     for line in _rounded_again(checkpoint, nodes):
         report(line)
@@ -119,6 +128,8 @@ def plan(
         SmoothLinears(smoothing)(model)
     for step in passes[len(CLEAN) :]:
         step(model)
+    if said is not None:
+        WidenLogits(said, config.vocab_size)(model)
     CheckKernels(chosen)(model)
     text = full_text(recipe.text, pruning)
     manifest = _manifest(checkpoint, config, text, chosen.name, sizes, nodes, pruned)
@@ -230,7 +241,8 @@ def _describe_weights(model: ir.Model, recipe: Recipe, *, tied: bool) -> list[di
     """An entry a matrix: each linear layer, and the embedding (0 bytes where it is stored as the head)."""
     linears, width = find_linears(model.graph), recipe.float_bytes
     nodes = [_entry(x.name, x.role, x.layer, x.size, recipe.format(x.role, module_name(x)), width) for x in linears]
-    vocab, hidden = linears[-1].size
+    hidden, shape = linears[-1].size[1], model.graph.initializers[EMBEDDING].shape
+    vocab = int(shape[0]) if shape is not None else 0  # type: ignore[arg-type]
     embedding = recipe.embedding(hidden)
     nodes.append(_entry("model.embed_tokens", "embed", None, (vocab, hidden), embedding, width))
     if tied and embedding == recipe.format("head", HEAD):

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dsopt.runtime.curve import VerifyCurve
+from dsopt.runtime.decoder import prefill
 from dsopt.runtime.drafters import Drafter
+from dsopt.runtime.drafters.deepspec import BlockDrafter
+from dsopt.runtime.drafters.eagle3 import Eagle3Drafter
+from dsopt.runtime.drafters.model import ModelDrafter
 from dsopt.runtime.model import Model, Result
 from dsopt.runtime.speculate import Speculation
 from dsopt.runtime.tally import Tally
@@ -15,6 +19,7 @@ from dsopt.runtime.tally import Tally
 OVERALL = "overall"
 _WARM_UP = 8  # tokens, not counted
 _DEPTH = 512  # tokens in the cache, of the synthetic table
+_ACCEPTED, _REPETITIONS = 4, 4  # tokens that a round keeps; drafts of each length
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,9 @@ class Comparison:
     plain: list[Answer] = field(default_factory=list)
     speculative: list[Answer] = field(default_factory=list)
     reference: list[Answer] = field(default_factory=list)
+    margins: list[float] = field(default_factory=list)
+    """Of each answer that is not what it is without a drafter: by how many logits one token led the other where they
+    part, in a run that reads the prompt and the answer so far anew."""
 
     @property
     def tally(self) -> Tally:
@@ -95,8 +103,22 @@ def compare(
                 kept.speculative.append(answers[id(speculation)])
                 if reference:
                     kept.reference.append(answers[id(reference)])
+            margin = _margin(model, task, answers[id(reference)], answers[id(speculation)])
+            for kept in (comparison, overall):
+                kept.margins += margin
         yield comparison
     yield overall
+
+
+def _margin(model: Model, task: Task, one: Answer, other: Answer) -> list[float]:
+    """[] where both are the same, or one goes on where the other ends."""
+    pairs = enumerate(zip(one.tokens, other.tokens, strict=False))
+    parted = next(((index, a, b) for index, (a, b) in pairs if a != b), None)
+    if parted is None:
+        return []
+    index, a, b = parted
+    logits = prefill(model.session.bind(model.session.new_cache()), [*task.prompt, *one.tokens[:index]])
+    return [abs(float(logits[a] - logits[b]))]
 
 
 def _answer(model: Model, task: Task, speculation: Speculation | None, limit: int) -> Answer:
@@ -124,27 +146,47 @@ class Prospect:
 
 
 def prospects(curve: VerifyCurve, accept: float, drafter: Drafter | None, model: Model) -> list[Prospect]:
-    """For every width of the curve. `accept`: probability of each drafted token, given those before it."""
+    """For every width of the curve that a draft can fill. `accept`: of each drafted token, given those before it."""
     plain = curve.seconds(1, _DEPTH)
+    longest = drafter.positions if isinstance(drafter, BlockDrafter | Eagle3Drafter) else curve.widths[-1]
+    widths = [width for width in curve.widths[1:] if width <= longest + 1]
+    drafted = [width - 1 for width in widths]
+    costs = draft_seconds(drafter, model, drafted) if drafter is not None else [0.0] * len(drafted)
     rows = []
-    for width in curve.widths[1:]:
-        drafting = _draft_seconds(drafter, model, width - 1) if drafter is not None else 0.0
+    for width, drafting in zip(widths, costs, strict=True):
         verifying = curve.seconds(width, _DEPTH)
         expected = sum(accept**position for position in range(width))
         rows.append(Prospect(width - 1, drafting, verifying, (drafting + verifying) / plain, expected))
     return rows
 
 
-def _draft_seconds(drafter: Drafter, model: Model, count: int) -> float:
-    """The least of a few drafts of `count` tokens behind random ones; in proportion where fewer came of it."""
-    random = np.random.default_rng(0)
-    ids = random.integers(model.tokenizer.vocab_size, size=_WARM_UP).tolist()
-    hidden = np.zeros((len(ids), len(drafter.taps), model.artifact.manifest.model["hidden_size"]), np.float32)
+def draft_seconds(drafter: Drafter, model: Model, counts: Sequence[int]) -> list[float]:
+    """What drafts of so many tokens take behind random ones, with what a round accepted to be read first.
+
+    The least of a few; in proportion where fewer tokens came of it.
+    """
+    if isinstance(drafter, ModelDrafter):
+        drafter.worth = 0.0  # random tokens surprise it, and it would give up
     drafter.begin()
-    taken = []
-    for _ in range(4):
-        drafter.accept(ids, hidden if drafter.taps else None)
-        start = time.perf_counter()
-        drafted = len(drafter.draft(ids[0], count).tokens)
-        taken.append((time.perf_counter() - start) * (count / drafted if drafted else 1))
-    return min(taken[1:])  # the first one allocates
+    coming = len(counts) * _REPETITIONS * _ACCEPTED + max(counts) + 1
+    _show(drafter, model, max(min(_DEPTH, model.session.context - coming), 1))
+    drafter.draft(0, counts[0])  # reads all that, and allocates
+    found = []
+    for count in counts:
+        taken = []
+        for _ in range(_REPETITIONS):
+            _show(drafter, model, _ACCEPTED)
+            start = time.perf_counter()
+            drafted = len(drafter.draft(0, count).tokens)
+            taken.append((time.perf_counter() - start) * (count / drafted if drafted else 1))
+        found.append(min(taken))
+    drafter.begin()
+    return found
+
+
+def _show(drafter: Drafter, model: Model, count: int) -> None:
+    """Let the target keep so many tokens, beginning with 0, the anchor of the draft before."""
+    hidden = np.zeros((count, len(drafter.taps), model.artifact.manifest.model["hidden_size"]), np.float32)
+    ids = np.random.default_rng(count).integers(model.tokenizer.vocab_size, size=count)
+    ids[0] = 0
+    drafter.accept(ids.tolist(), hidden if drafter.taps else None)

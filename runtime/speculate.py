@@ -144,6 +144,7 @@ class _Loop:
             room = min(room, self._widths[-1] - 1)
         asked = self._scheduler.ask(self._cache.length, room) if self._drafter is not None else 0
         if self._drafter is None or asked == 0:
+            self._tally.paused_rounds += self._drafter is not None and room > 0
             return Draft(), 0, 0.0
         self._tally.overhead_seconds += self._lap()
         draft = self._drafter.draft(anchor, asked)

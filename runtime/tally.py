@@ -13,6 +13,7 @@ class Tally:
 
     rounds: int = 0
     drafted_rounds: int = 0  # that verified at least one token
+    paused_rounds: int = 0  # in which the schedule left the drafter alone, because it loses
     emitted: int = 0  # tokens of all rounds
     proposed: int = 0  # tokens verified
     accepted: int = 0

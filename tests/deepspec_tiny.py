@@ -38,9 +38,11 @@ DRAFTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vanilla": (TARGET, DSPARK | {"markov_head_type": "vanilla", "confidence_head_with_markov": True}),
     "gated": (LLAMA, DSPARK | ONE | {"markov_head_type": "gated", "confidence_head_with_markov": False}),
     "rnn": (TARGET, DSPARK | ONE | {"markov_head_type": "rnn", "confidence_head_with_markov": True}),
+    "unsure": (LLAMA, BLOCK | ONE | {"markov_rank": 32, "markov_head_type": "rnn", "head_norms": False}),
     "dflash": (LLAMA, BLOCK | ONE | {"head_norms": False}),
     "eagle3": (TARGET, ONE | {"architectures": ["Qwen3Eagle3Model"], "ttt_length": 4, "target_layer_ids": [0, 2],
                               "step_loss_decay": 0.8}),
+    "eagle3-llama": (LLAMA, ONE | {"ttt_length": 4, "target_layer_ids": [0, 2], "head_norms": False}),
 }  # fmt: skip
 
 

@@ -51,8 +51,8 @@ class DraftConfig:
         family = _FAMILIES.get(config.get("model_type"))
         if family is None:
             raise DsoptError(
-                f"config.json: drafters for {config.get('model_type')!r} targets are not supported; "
-                f"supported: {', '.join(map(str, _FAMILIES))}"
+                f"config.json: the drafter reads hidden states of a {config.get('model_type')!r} model, a family that "
+                f"dsopt does not compile yet; it drafts for {', '.join(map(str, _FAMILIES))}"
             )
         try:
             made = cls(

@@ -32,6 +32,8 @@ def _kind(node: Node, cuts: Cuts, *, gone: bool) -> str:
     if gone:
         layers = cuts.steps.get("layers", {"removed": ()})["removed"]
         return "layers" if node["layer"] in layers else "blocks"
+    if node["role"] == "head" and "head" in cuts.steps:
+        return "head"
     return "vocab" if node["role"] == "head" else "kv" if node["role"] in _ATTENTION else "ffn"
 
 
@@ -61,6 +63,8 @@ def exchange_lines(pruning: Node) -> Iterator[str]:
             cost = (
                 f", {step['tokens']} of {step['of']} tokens kept, {100 * step['dropped_share']:.2g} % of text affected"
             )
+        if step["kind"] == "head":
+            cost = f", which says {step['tokens']} of {step['of']} tokens"
         yield f"pruned {step['kind']}: {100 * step['freed']:.1f} % of the weights of a step{cost}{rate}"
     if pruning["kld_repaired"] is not None:
         yield f"after the repair {pruning['kld_repaired']:.3f} nats in all, on calibration text"

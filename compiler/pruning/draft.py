@@ -1,8 +1,9 @@
 """A pruned copy of a model as its own drafter: what verification corrects need not be good, only quick and often right.
 
-Half the layers and a quarter of the feed-forward channels go, the rest is repaired and stored in 4 bits. The tables
-keep their rows, since drafts are told in the target's tokens. They are stored again: ONNX Runtime reads external data
-only from the graph's own directory or below, so that the copy cannot point to the target's file.
+Half the layers and a quarter of the feed-forward channels go, the rest is repaired and stored in 4 bits. The head says
+the likeliest quarter of the tokens; the logits keep their places, since drafts are told in the target's tokens. The
+embedding keeps its rows. It is stored again: ONNX Runtime reads external data only from the graph's own directory or
+below, so that the copy cannot point to the target's file.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from dsopt.compiler.build import Plan
 
 DIRECTORY = "draft-self"
+_HEAD = 4  # of so many tokens the head says one
 
 
 def plan_draft(
@@ -33,5 +35,6 @@ def plan_draft(
     layers = int(checkpoint.config["num_hidden_layers"]) // 2
     if not layers:
         raise DsoptError("--draft self: a model of one layer has no smaller copy")
-    pruning = Pruning(ffn=0.25, layers=layers, vocab=target.vocab, tokens=target.tokens)
+    vocab = target.tokens or int(checkpoint.config["vocab_size"])
+    pruning = Pruning(ffn=0.25, layers=layers, vocab=target.vocab, tokens=target.tokens, head=vocab // _HEAD)
     return build.plan(checkpoint, Recipe.parse("int4"), pruning, calibrate=calibrate, report=report)

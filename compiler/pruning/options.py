@@ -29,6 +29,7 @@ class Pruning:
     kv: int = 0
     vocab: Path | None = None
     tokens: int | None = None  # of vocab=FILE:N
+    head: int = 0  # tokens that the head can say, 0 for all: not for users, such a model is fit for drafting only
 
     def __post_init__(self) -> None:
         if not 0 <= self.ffn <= _MOST:
@@ -74,6 +75,8 @@ class Pruning:
         if self.vocab:
             digest = hashlib.sha256(self.read_corpus().encode()).hexdigest()[:8]
             parts.append(f"vocab={self.vocab.name}{f':{self.tokens}' * bool(self.tokens)}@{digest}")
+        if self.head:
+            parts.append(f"head={self.head}")
         return ",".join(parts) or "none"
 
     def read_corpus(self) -> str:

@@ -7,7 +7,7 @@ that was not accepted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,3 +45,15 @@ class Drafter(Protocol):
 
     def draft(self, anchor: int, limit: int) -> Draft:
         """At most `limit` tokens that may follow the processed tokens and `anchor`."""
+
+
+@runtime_checkable
+class ConfidentDrafter(Drafter, Protocol):
+    """One whose survival comes from how sure it is, a number that calibration puts right."""
+
+    positions: int
+    """Of a draft, with a temperature each."""
+
+    @property
+    def confidence(self) -> NDArray[np.floating]:
+        """Of the last draft's tokens, the logit of each one's acceptance as the drafter has it, uncalibrated [n]."""

@@ -8,7 +8,7 @@ from dsopt.runtime.curve import verify_curve
 from dsopt.runtime.devices import choose_device
 from dsopt.runtime.drafters import Drafter
 from dsopt.runtime.drafters.chain import ChainDrafter
-from dsopt.runtime.drafters.manifest import DRAFT_MANIFEST
+from dsopt.runtime.drafters.manifest import DRAFT_MANIFEST, mode_of
 from dsopt.runtime.drafters.ngram import NgramDrafter
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.exact import WORTH, check_exact, exact_cost, exact_widths, mixes_rows
@@ -71,10 +71,12 @@ def _open_directory(directory: Path, target: Model, sampling: Sampling) -> Draft
 
         return open_deepspec(directory, target.session, sampling)
     from dsopt.runtime.drafters.model import ModelDrafter, check_same_tokens
+    from dsopt.runtime.drafters.temperatures import model_temperatures
 
     artifact = open_artifact(directory)
     # On a card both may run there; where the model stays on the CPU, so does what drafts for it.
     device = choose_device("auto" if target.session.device == "cuda" else "cpu", artifact.manifest, lambda line: None)
     draft = Model(artifact, threads=target.session.threads, device=device)
     check_same_tokens(target, draft)
-    return ModelDrafter(draft, target.session.vocab_size, sampling)
+    fitted = model_temperatures(directory, target, mode_of(sampling))
+    return ModelDrafter(draft, target.session.vocab_size, sampling, fitted)

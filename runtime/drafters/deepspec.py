@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 
 from dsopt.runtime.artifact import WEIGHTS
 from dsopt.runtime.drafters import Draft, Drafter
+from dsopt.runtime.drafters.confidence import Confidence, likeliest
 from dsopt.runtime.drafters.graph import CachedGraph, Graph
-from dsopt.runtime.drafters.manifest import DraftManifest, open_draft
+from dsopt.runtime.drafters.manifest import DraftManifest, mode_of, open_draft
 from dsopt.runtime.sampling import Sampling
 from dsopt.runtime.session import Session
 
@@ -38,13 +39,9 @@ class Chance:
     """How drafted tokens are chosen: the likeliest, or drawn at the model's temperature from the candidates."""
 
     def __init__(self, sampling: Sampling, vocab_size: int) -> None:
-        self.temperature, self._vocab = sampling.temperature, vocab_size
+        self.temperature, self.mode, self._vocab = sampling.temperature, mode_of(sampling), vocab_size
         # A stream of its own: the model's random numbers must not depend on the drafter.
         self._random = np.random.default_rng(None if sampling.seed is None else (sampling.seed, 1))
-
-    @property
-    def mode(self) -> str:
-        return "sampled" if self.temperature else "greedy"
 
     def noise(self, shape: tuple[int, ...]) -> NDArray[np.float64]:
         """To be added to logits before the largest is taken (the Gumbel trick): T * Gumbel draws at temperature T."""
@@ -66,9 +63,8 @@ class BlockDrafter:
 
     def __init__(self, directory: Path, manifest: DraftManifest, sampling: Sampling) -> None:
         self.taps, self.manifest = manifest.taps, manifest
-        self.confidence: Floats | None = None
-        """Of the last draft, the logit of each token's acceptance as the head gave it [n]; None without a head."""
         steps, candidates = manifest.steps, manifest.candidates
+        self.positions = steps
         outputs: dict[str, NDArray[Any]] = {
             "tokens": np.empty(steps, np.int64),
             "candidates": np.empty((steps, candidates), np.int64),
@@ -83,6 +79,8 @@ class BlockDrafter:
         self._noise = np.zeros((steps, candidates))
         self._chance = Chance(sampling, manifest.model["vocab_size"])
         self._temperatures = np.array(manifest.temperatures.get(self._chance.mode, [1.0] * steps))
+        self._confidence = None if manifest.confidence else Confidence(self._temperatures.tolist())
+        self._drafted = 0
         self._waiting: list[Floats] = []
         self.begin()
 
@@ -94,12 +92,23 @@ class BlockDrafter:
     def begin(self) -> None:
         self._cache.trim(0)
         self._waiting.clear()
-        self._full = False
+        self._full, self._drafted = False, 0
+        if self._confidence is not None:
+            self._confidence.begin()
+
+    @property
+    def confidence(self) -> NDArray[np.floating]:
+        if self._confidence is not None:
+            return np.array(self._confidence.logits)
+        head: NDArray[np.floating] = self._block.outputs["confidence"][: self._drafted].copy()
+        return head
 
     def accept(self, tokens: Sequence[int], hidden: Floats | None) -> None:
         assert hidden is not None
         assert len(hidden) == len(tokens)
         self._waiting.append(np.array(hidden).reshape(len(hidden), -1))
+        if self._confidence is not None:
+            self._confidence.accept(tokens)
         if sum(map(len, self._waiting)) >= _GATHER:
             self.ingest()
 
@@ -108,6 +117,8 @@ class BlockDrafter:
         steps = self._ids.shape[1]
         if limit < 1 or self._full or self._cache.length + steps > self._cache.limit:
             return Draft()
+        if self._confidence is not None:
+            self._confidence.start(anchor)
         self._ids[0, 0] = anchor
         if self._chance.temperature:
             self._noise[:] = self._chance.noise(self._noise.shape)
@@ -134,9 +145,13 @@ class BlockDrafter:
 
     def _made(self, count: int) -> Draft:
         made = {name: array[:count] for name, array in self._block.outputs.items()}
-        self.confidence = made["confidence"].copy() if "confidence" in made else None
-        survival: tuple[float, ...] = ()
-        if self.confidence is not None:
-            survival = tuple(map(float, 1 / (1 + np.exp(-self.confidence / self._temperatures[:count]))))
+        tokens, self._drafted = tuple(map(int, made["tokens"])), count
         distributions = self._chance.distributions(made["candidates"], made["logits"])
-        return Draft(tuple(map(int, made["tokens"])), survival, distributions)
+        return Draft(tokens, tuple(self._survival(tokens, made["logits"])), distributions)
+
+    def _survival(self, tokens: Sequence[int], logits: Floats) -> list[float]:
+        if self._confidence is not None:
+            sure = likeliest(logits, self._chance.temperature)
+            return [self._confidence.add(token, float(p)) for token, p in zip(tokens, sure, strict=True)]
+        calibrated = 1 / (1 + np.exp(-self.confidence / self._temperatures[: len(tokens)]))
+        return [float(share) for share in calibrated]

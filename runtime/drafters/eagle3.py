@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsopt.runtime.drafters import Draft
+from dsopt.runtime.drafters.confidence import Confidence, likeliest
 from dsopt.runtime.drafters.deepspec import Chance
 from dsopt.runtime.drafters.graph import CachedGraph, Graph
 from dsopt.runtime.drafters.manifest import DraftManifest
@@ -24,6 +25,7 @@ class Eagle3Drafter:
 
     def __init__(self, directory: Path, manifest: DraftManifest, sampling: Sampling) -> None:
         self.taps, self._steps = manifest.taps, manifest.steps
+        self.positions = manifest.steps
         self._candidates, self._logits = (np.empty((1, manifest.candidates), kind) for kind in (np.int64, np.float32))
         self._last = np.empty((1, 1, manifest.model["hidden_size"]), np.float32)
         outputs = {"last": self._last, "candidates": self._candidates, "logits": self._logits}
@@ -31,18 +33,25 @@ class Eagle3Drafter:
         self._step = CachedGraph(Graph(directory, "step.onnx", manifest), manifest, outputs)
         self._cache = self._step.cache
         self._chance = Chance(sampling, manifest.model["vocab_size"])
+        self._confidence = Confidence(manifest.temperatures.get(self._chance.mode, ()))
         self.begin()
+
+    @property
+    def confidence(self) -> NDArray[np.float64]:
+        return np.array(self._confidence.logits)
 
     def begin(self) -> None:
         self._cache.trim(0)
         self._tokens: list[int] = []  # of the rows that wait
         self._unread: list[Floats] = []  # hidden states, of the later ones of them
         self._waiting = np.empty((0, self._last.shape[-1]), np.float32)  # what the layer reads, of the others
+        self._confidence.begin()
 
     def accept(self, tokens: Sequence[int], hidden: Floats | None) -> None:
         assert hidden is not None
         assert len(hidden) == len(tokens)
         self._tokens += tokens
+        self._confidence.accept(tokens)
         self._unread.append(np.array(hidden).reshape(len(hidden), -1))
         if len(self._tokens) > _GATHER and self._fits(0):
             self._read(self._tokens[1:])
@@ -51,19 +60,21 @@ class Eagle3Drafter:
         steps = min(limit, self._steps)
         if steps < 1 or not self._tokens or not self._fits(steps):
             return Draft()
+        self._confidence.start(anchor)
         self._read([*self._tokens[1:], anchor])
         processed = self._cache.length - 1
-        tokens, candidates, logits = [], [], []
+        tokens, survival, candidates, logits = [], [], [], []
         for step in range(steps):
             token = self._choose()
             tokens.append(token)
+            survival.append(self._confidence.add(token, float(likeliest(self._logits, self._chance.temperature)[0])))
             candidates.append(self._candidates.copy())
             logits.append(self._logits.copy())
             if step < steps - 1:
                 self._run(self._last[0].copy(), [token])
         self._cache.trim(processed)
         drawn_from = self._chance.distributions(np.concatenate(candidates), np.concatenate(logits))
-        return Draft(tuple(tokens), (), drawn_from)
+        return Draft(tuple(tokens), tuple(survival), drawn_from)
 
     def _fits(self, more: int) -> bool:
         return self._cache.length + len(self._tokens) + more <= self._cache.limit

@@ -8,6 +8,7 @@ from typing import Any
 
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.files import sha256_file, write_atomically
+from dsopt.runtime.sampling import Sampling
 
 FORMAT = 1
 DRAFT_MANIFEST = "draft.json"
@@ -20,6 +21,11 @@ _TYPES: Mapping[str, type] = {
     "mask_token": int, "candidates": int, "confidence": bool, "target_weights": str, "borrowed": dict, "files": dict,
     "versions": dict, "temperatures": dict,
 }  # fmt: skip
+
+
+def mode_of(sampling: Sampling) -> str:
+    """Drafts are accepted more or less often when tokens are drawn: temperatures are fitted apart."""
+    return "sampled" if sampling.temperature else "greedy"
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from numpy.typing import NDArray
 
 from dsopt.runtime.decoder import prefill
 from dsopt.runtime.drafters import Draft
-from dsopt.runtime.drafters.acceptance import Acceptance
+from dsopt.runtime.drafters.confidence import Confidence
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.model import Model
 from dsopt.runtime.sampling import Candidates, Sampler, Sampling
 from dsopt.runtime.session import Logits
 
 _WORTH = 0.3  # a draft ends before a token that is accepted, with all before it, less often than this
-_CLASSES = 10  # of confidence, counted apart
+_POSITIONS = 8  # with a temperature of their own
 
 
 class ModelDrafter:
@@ -27,56 +27,53 @@ class ModelDrafter:
     """
 
     taps: tuple[int, ...] = ()
+    positions = _POSITIONS
 
-    def __init__(self, model: Model, vocab_size: int, sampling: Sampling) -> None:
-        """`vocab_size`: the target's. `sampling`: the target's; the drafter's random numbers are its own."""
+    def __init__(self, model: Model, vocab_size: int, sampling: Sampling, temperatures: Sequence[float] = ()) -> None:
+        """`vocab_size`: the target's. `sampling`: the target's; the drafter's random numbers are its own.
+        `temperatures`: what `bench --calibrate` found."""
         seed = None if sampling.seed is None else sampling.seed + 1
         self._sampler = Sampler(replace(sampling, seed=seed))
         self._vocab, self._draws = vocab_size, sampling.temperature > 0
+        self.worth = _WORTH
         self._binding = model.session.bind(model.session.new_cache())
         self._own_vocab = model.session.vocab_size
-        self._acceptance = Acceptance(weight=8)
+        self._confidence = Confidence(temperatures)
         self._read: list[int] = []  # what the cache holds
         self.begin()
 
     def begin(self) -> None:
         self._tokens: list[int] = []
         self._agreed = 0  # so many tokens of the sequence are those in the cache
-        self._drafted: list[tuple[int, int]] = []  # tokens of the last draft, and their class of confidence
-        self._drafted_at = 0
+        self._confidence.begin()
+
+    @property
+    def confidence(self) -> NDArray[np.float64]:
+        return np.array(self._confidence.logits)
 
     def accept(self, tokens: Sequence[int], hidden: NDArray[np.float32] | None) -> None:
         self._tokens += tokens
+        self._confidence.accept(tokens)
 
     def draft(self, anchor: int, limit: int) -> Draft:
         history = [*self._tokens, anchor]
-        self._judge(history)
+        self._confidence.start(anchor)
         logits = self._catch_up(history)
+        drafted: list[int] = []
         survival: list[float] = []
         drawn_from: list[NDArray[np.float64]] = []
-        reached, self._drafted_at = 1.0, len(history)
-        while logits is not None and len(survival) < limit:
+        reached = 1.0
+        while logits is not None and len(drafted) < limit:
             tokens, probabilities = self._distribution(logits, history)
-            confidence = min(int(probabilities.max() * _CLASSES), _CLASSES - 1)
-            survival.append(self._acceptance.share(confidence, (confidence + 0.5) / _CLASSES))
-            reached *= survival[-1]
-            if reached < _WORTH:
-                survival.pop()
+            sure = float(probabilities.max())
+            reached *= self._confidence.survival(sure)
+            if reached < self.worth:
                 break
-            token = self._take(tokens, probabilities, drawn_from)
-            history.append(token)
-            self._drafted.append((token, confidence))
-            logits = self._step(token) if len(survival) < limit else None
-        drafted = tuple(token for token, _ in self._drafted)
-        return Draft(drafted, tuple(survival), np.array(drawn_from) if drawn_from else None)
-
-    def _judge(self, history: Sequence[int]) -> None:
-        """Count how much of the last draft was right, as far as is known by now."""
-        for (drafted, confidence), token in zip(self._drafted, history[self._drafted_at :], strict=False):
-            self._acceptance.count(confidence, drafted == token)
-            if drafted != token:
-                break
-        self._drafted = []
+            drafted.append(self._take(tokens, probabilities, drawn_from))
+            survival.append(self._confidence.add(drafted[-1], sure))
+            history.append(drafted[-1])
+            logits = self._step(drafted[-1]) if len(drafted) < limit else None
+        return Draft(tuple(drafted), tuple(survival), np.array(drawn_from) if drawn_from else None)
 
     def _catch_up(self, history: Sequence[int]) -> Logits | None:
         """Read what is new; the logits after it, None where the draft model has no room or not such a token."""

@@ -69,6 +69,7 @@ def test_bench_splits_the_cost_of_a_block(name: str, split: bool, compile_pair: 
     assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert all(row["draft_ms"] > 0 and row["verify_ms"] > 0 and row["break_even_length"] > 0 for row in rows)
+    assert [row["drafted"] for row in rows] == [1, 2, 3, 4]  # as many as the drafter proposes
     assert {"ingest_ms", "block_ms", "chain_ms"} <= set(rows[0]) if split else "ingest_ms" not in rows[0]
     table = CliRunner().invoke(app, ["bench", str(artifact), *options, "--threads", "1"]).stdout
     assert ("chain ms" in table) == split

@@ -228,3 +228,12 @@ def test_each_module_has_the_format_of_its_site() -> None:
         "site-1": "w8a8",
         "site-1-twin": "w8a8",
     }
+
+
+def test_verification_takes_no_kernel_whose_rows_look_at_each_other() -> None:
+    alone, mixing = Choice(Format.parse("int8")), Choice(Format.parse("w8a8"))
+    times = {(64, 64, name, rows): seconds for name, seconds in (("int8", 2.0), ("w8a8", 1.0)) for rows in (1, 8, 128)}
+    site = Site("x", ("x",), 0, 64, 64, {alone: 0.1, mixing: 0.1})
+    chosen = {w: [o.choice for o in options([site], KernelTable({}, times), w)[0]] for w in ("decode", "speculative")}
+    assert chosen["decode"][0] == mixing
+    assert chosen["speculative"] == [alone]

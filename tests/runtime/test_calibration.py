@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from dsopt.runtime.calibration import calibration_error, fit_temperatures
+from dsopt.runtime.calibration import LEAST, calibrate, calibration_error, fit_temperatures
 
 TRUE = np.array([2.5, 1.8, 1.0, 0.6])
 
@@ -47,3 +47,31 @@ def test_calibration_error_by_hand() -> None:
     assert calibration_error(np.array([0.9, 0.9, 0.1]), np.array([True, False, False])) == pytest.approx(
         (0.8 + 0.1) / 3
     )
+
+
+def test_each_half_is_judged_by_the_other() -> None:
+    logits, accepted = rounds(8000)
+    found = calibrate(list(logits), accepted.tolist(), [i % 2 for i in range(8000)], 4)
+    assert [p.temperature for p in found] == fit_temperatures(list(logits), accepted.tolist(), 4)
+    assert [p.rounds for p in found] == [8000] * 4
+    assert found[0].accepted == pytest.approx((accepted > 0).mean())
+    assert all(p.ece_after < p.ece_before and p.brier_after < p.brier_before for p in found[:2])
+
+
+def test_a_fit_that_does_not_help_the_other_half_is_none() -> None:
+    """One half is over-confident, the other under-confident."""
+    folds = np.arange(400) % 2
+    logits = np.full((400, 1), 1.4)
+    accepted = np.random.default_rng(0).random(400) < np.where(folds, 0.55, 0.99)
+    found = calibrate(list(logits), accepted.astype(int).tolist(), folds.tolist(), 1)
+    assert found[0].ece_after > found[0].ece_before
+    assert found[0].temperature == 1
+
+
+def test_few_rounds_at_a_position_say_nothing() -> None:
+    logits, accepted = rounds(200)
+    seen = [row[: 3 if index < LEAST - 1 else 2] for index, row in enumerate(logits)]
+    found = calibrate(seen, np.minimum(accepted, [len(row) for row in seen]).tolist(), [i % 2 for i in range(200)], 4)
+    assert [p.rounds for p in found] == [200, 200, LEAST - 1, 0]
+    assert [p.temperature != 1 for p in found] == [True, True, False, False]
+    assert (found[3].accepted, found[3].ece_before, found[3].brier_after) == (None, None, None)

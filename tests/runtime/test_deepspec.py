@@ -24,7 +24,7 @@ from dsopt.runtime.sampling import Sampler, Sampling
 from dsopt.runtime.session import Session
 from dsopt.runtime.speculate import Speculation, speculate
 
-BLOCKS = ["vanilla", "gated", "rnn", "dflash"]
+BLOCKS = ["vanilla", "gated", "rnn", "unsure", "dflash"]
 RNG = np.random.default_rng(3)
 TOKENS = RNG.integers(0, 320, 60).tolist()
 
@@ -72,15 +72,21 @@ def test_rounds_are_the_masked_pass_of_training(name: str, compile_pair: Callabl
         close(outputs["logits"], logits.numpy()[np.arange(4)[:, None], outputs["candidates"]])
         allowed = torch.full_like(logits, -torch.inf).scatter(-1, best, logits.gather(-1, best))
         assert list(draft.tokens) == allowed.argmax(-1).tolist()
-        if confidence is None:
-            assert draft.survival == ()
+        if confidence is None:  # the probability of the likeliest token, which counting then corrects
+            assert len(draft.survival) == 4
+            close(drafter.confidence, torch.logit(best_probability(allowed)))
         else:
             close(draft.survival, torch.sigmoid(confidence))
 
 
+def best_probability(logits: torch.Tensor) -> torch.Tensor:
+    return logits.double().softmax(-1).amax(-1).clamp(1e-4, 1 - 1e-4)
+
+
+@pytest.mark.parametrize("name", ["eagle3", "eagle3-llama"])
 @torch.no_grad()
-def test_eagle3_rounds_are_the_unrolled_pass_of_training(compile_pair: Callable[..., Any]) -> None:
-    pair = compile_pair("eagle3")
+def test_eagle3_rounds_are_the_unrolled_pass_of_training(name: str, compile_pair: Callable[..., Any]) -> None:
+    pair = compile_pair(name)
     drafter, reference = drafter_of(pair, temperature=1.0, seed=1), Reference(pair.drafter)
     taps, done = random_taps(drafter), 0
     for anchor in [1, 4, 5, 10, 30]:
@@ -95,6 +101,8 @@ def test_eagle3_rounds_are_the_unrolled_pass_of_training(compile_pair: Callable[
             best = last.topk(64).indices
             close(drawn_from[best], last[best].softmax(0))
             assert drawn_from.sum() == pytest.approx(1)
+        likeliest = torch.stack([logits[anchor - 1].topk(64).values for logits in steps])
+        close(drafter.confidence, torch.logit(best_probability(likeliest)))
 
 
 def drafts(drafter: Any, taps: np.ndarray, pieces: list[int], *, between: bool = False) -> Draft:
@@ -148,7 +156,7 @@ def test_at_temperature_0_nothing_is_random_and_limits_are_kept(name: str, compi
     for limit in range(6):
         draft = drafter.draft(TOKENS[20], limit)
         assert draft.tokens == whole.tokens[:limit]
-        assert draft.survival == whole.survival[:limit]
+        close(draft.survival, whole.survival[:limit])
 
 
 @pytest.mark.parametrize("name", ["vanilla", "dflash", "eagle3"])

@@ -10,17 +10,15 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from toy import Forced, curve
+from toy import Forced
 
 from dsopt.runtime import curve as curves
 from dsopt.runtime import load
-from dsopt.runtime.artifact import open_artifact
-from dsopt.runtime.curve import VerifyCurve, measure_curve, verify_curve
+from dsopt.runtime.curve import measure_curve, verify_curve
 from dsopt.runtime.drafters.choice import open_drafter, open_speculation
 from dsopt.runtime.drafters.model import ModelDrafter
 from dsopt.runtime.drafters.ngram import NgramDrafter
 from dsopt.runtime.errors import DsoptError
-from dsopt.runtime.exact import check_exact, exact_cost, exact_widths
 from dsopt.runtime.files import cache_dir
 from dsopt.runtime.model import Model
 from dsopt.runtime.sampling import Sampler, Sampling
@@ -59,7 +57,7 @@ def test_copied_drafts_change_no_token(model: Model, prompt: str, options: dict[
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_drafter_like_the_target_is_always_right(model: Model, prompt: str) -> None:
     drafter = ModelDrafter(model, model.session.vocab_size, GREEDY)
-    drafter._acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    drafter._confidence.acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
     got, result = tokens(model, prompt, Speculation(drafter, Forced()))
     assert got == tokens(model, prompt)[0]
     tally = result.speculation.tally
@@ -69,7 +67,7 @@ def test_a_drafter_like_the_target_is_always_right(model: Model, prompt: str) ->
 
 def test_another_model_drafts_and_keeps_nothing_of_what_was_rejected(model: Model, other: Model) -> None:
     drafter = ModelDrafter(other, model.session.vocab_size, GREEDY)
-    drafter._acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    drafter._confidence.acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
     text = tokens(model, "A", limit=100)[0]
     for drafted in (1, 4, 3, 7):
         drafter.begin()
@@ -87,7 +85,7 @@ def tokens_after(model: Model, text: list[int], count: int) -> list[int]:
 
 def test_a_drafter_whose_context_is_full_has_no_idea(model: Model, other: Model) -> None:
     drafter = ModelDrafter(other, model.session.vocab_size, GREEDY)
-    drafter._acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    drafter._confidence.acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
     drafter.accept(list(range(125)), None)
     assert len(drafter.draft(1, 10).tokens) == 3  # positions 126, 127, 128
     drafter.accept([1, 2, 3], None)
@@ -98,7 +96,7 @@ def test_a_drafter_whose_context_is_full_has_no_idea(model: Model, other: Model)
 
 def test_drawn_drafts_come_with_what_they_were_drawn_from(model: Model, other: Model) -> None:
     drafter = ModelDrafter(other, model.session.vocab_size + 5, Sampling(temperature=1.0, top_k=4, seed=3))
-    drafter._acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    drafter._confidence.acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
     drafter.accept([65, 66], None)
     draft = drafter.draft(67, 5)
     assert draft.distributions is not None
@@ -146,48 +144,6 @@ def test_cancelling_ends_with_the_next_token_of_the_block(model: Model) -> None:
     assert len(head + list(stream)) == 7
     assert stream.result.finish_reason == "interrupt"
     assert stream.state.cache.length <= len(stream.state.tokens)
-
-
-@pytest.mark.parametrize("recipe", ["none", "int8", "int4-zp"])
-def test_exact_mode_is_the_same_bit_for_bit(compile_tiny: Callable[..., Path], recipe: str) -> None:
-    target = load(compile_tiny(recipe))
-    reference = open_speculation(target, "none", exact=True)
-    widths = reference.widths
-    for prompt in PROMPTS:
-        expected = list(target.stream(target.encode(prompt), limit=80, top=5, speculation=reference))
-        for seed in range(3):
-            speculation = Speculation(NgramDrafter(), Forced(seed), widths)
-            got = list(target.stream(target.encode(prompt), limit=80, top=5, speculation=speculation))
-            for a, b in zip(got, expected, strict=True):
-                assert (a.step.token, a.step.top) == (b.step.token, b.step.top)  # floats, compared exactly
-
-
-def test_exactness_needs_rows_that_do_not_mix(compile_tiny: Callable[..., Path]) -> None:
-    mixed = open_artifact(compile_tiny("w8a8"))
-    with pytest.raises(DsoptError, match=r"--exact: .* has \d+ w8a8 layers"):
-        check_exact(mixed)
-    assert open_speculation(load(mixed.directory), "ngram").widths == ()
-
-
-def test_widths_that_agree_are_taken_else_the_best_single_one() -> None:
-    seconds = (1.0, 1.03, 1.2, 1.4, 5.0, 9.0, 9.5, 9.9)
-    agreed = VerifyCurve(tuple(range(1, 9)), 0, seconds, 1, seconds, (2, 3, 8))
-    assert exact_widths(agreed) == (2, 3, 8)
-    assert exact_cost(agreed, (2, 3, 8)) == pytest.approx(0.03)
-    alone = VerifyCurve(tuple(range(1, 9)), 0, seconds, 1, seconds, (8,))
-    assert exact_widths(alone) == (4,)
-    assert exact_widths(curve(1.0, 1.5)) == (2,)
-
-
-def test_exactness_is_the_default_where_it_costs_little(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    for second, wanted in ((1.04, (2, 3)), (1.2, ())):
-        seconds = (1.0, second, 1.5)
-        known = VerifyCurve((1, 2, 3), 0, seconds, 1, seconds, (2, 3))
-        monkeypatch.setattr("dsopt.runtime.drafters.choice.verify_curve", lambda *_, known=known, **__: known)
-        assert open_speculation(model, "ngram").widths == wanted
-        assert open_speculation(model, "ngram", exact=True).widths == (2, 3)
-        assert open_speculation(model, "ngram", exact=False).widths == ()
-        assert open_speculation(model, "none") is None
 
 
 def test_the_curve_is_measured_once_for_a_model_a_machine_and_its_threads(
