@@ -118,6 +118,7 @@ def _margin(model: Model, task: Task, one: Answer, other: Answer) -> list[float]
         return []
     index, a, b = parted
     logits = prefill(model.session.bind(model.session.new_cache()), [*task.prompt, *one.tokens[:index]])
+    assert isinstance(logits, np.ndarray)  # no candidates were asked for
     return [abs(float(logits[a] - logits[b]))]
 
 
