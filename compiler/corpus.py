@@ -18,7 +18,7 @@ Progress = Callable[[int, int], None]
 TOKENS = 256  # of a window
 WINDOWS = 40  # at most, of which
 HELD = 8  # are kept for judging
-_VERSION = 1
+_VERSION = 2
 
 
 def read_windows(path: Path, checkpoint: Checkpoint) -> np.ndarray:

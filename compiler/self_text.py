@@ -48,10 +48,18 @@ def _write(
     with torch.inference_mode():
         for position in range(1, size):
             logits, past = model(ids, past)
-            ids = torch.multinomial(logits[:, -1].softmax(-1), 1, generator=generator)
+            ids = _draw(logits[:, -1], generator)
             written.append(ids)
             tick(batch * position)
     return torch.cat(written, 1).numpy()
+
+
+def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Tokens [b, 1] drawn from logits [b, vocab] by inverting the cumulated distribution: a number a row to draw, where
+    torch.multinomial draws one a token of the vocabulary, which took a fifth of the writing."""
+    cumulated = logits.softmax(-1).cumsum(-1)
+    drawn = torch.rand((len(logits), 1), generator=generator) * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, drawn, right=True).clamp_max(logits.shape[-1] - 1)
 
 
 def default_windows(checkpoint: Checkpoint) -> list[NDArray[np.int64]]:
