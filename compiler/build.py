@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from dsopt.compiler import package
 from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.corpus import self_windows
 from dsopt.compiler.drafters.build import DraftPlan, check_target, plan_drafter, write_drafter
 from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
 from dsopt.compiler.export import export
@@ -27,12 +28,13 @@ from dsopt.compiler.passes.smooth_linears import SmoothLinears
 from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
 from dsopt.compiler.probe import probed
 from dsopt.compiler.pruning.account import describe_pruning
+from dsopt.compiler.pruning.auto import Choice, choose, measure_times
 from dsopt.compiler.pruning.decide import Cuts, decide
 from dsopt.compiler.pruning.options import NOTHING, Pruning, full_text
 from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabulary
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import find_linears
-from dsopt.compiler.self_text import Calibrate, default_windows
+from dsopt.compiler.self_text import Calibrate
 from dsopt.compiler.smoothing import Scales
 from dsopt.compiler.weights import Weight
 from dsopt.runtime.artifact import Manifest
@@ -69,7 +71,7 @@ def plan(
     target: str = "cpu",
     evidence: Evidence | None = None,
     smoothing: Scales | None = None,
-    calibrate: Calibrate = default_windows,
+    calibrate: Calibrate = self_windows,
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Export and rewrite, computing no weight, unless there is to be pruned: that reads and decides by text.
@@ -81,10 +83,14 @@ def plan(
     """
     chosen = probed(target)
     recipe = recipe.with_dtype(chosen.check_dtype(recipe.said_dtype))
-    whole, vocabulary = checkpoint, None
-    if pruning.vocab:
+    whole, vocabulary, automatic = checkpoint, None, None
+    if pruning.auto:
+        automatic = _choose(checkpoint, recipe, pruning, chosen.name, calibrate, report)
+        vocabulary = automatic.vocabulary
+    elif pruning.vocab:
         report("choosing tokens")
         vocabulary = choose_vocabulary(checkpoint.files["tokenizer.json"], pruning.read_corpus(), pruning.tokens)
+    if vocabulary:
         checkpoint = prune_vocabulary(checkpoint, vocabulary)
     family = find_family(checkpoint.config.get("model_type"))
     config = family.Config.from_dict(checkpoint.config)
@@ -104,7 +110,7 @@ def plan(
     nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
     pruned = None
     if pruning:
-        cuts = decide(checkpoint, pruning, calibrate(checkpoint), report) if pruning.needs_text else Cuts()
+        cuts = _cuts(whole, pruning, automatic, calibrate, report)
         for step in (PruneFeatures(cuts.channels, cuts.groups, cuts.weights), PruneBlocks(cuts.removed)):
             step(model)
         before = [_with_rows(node, recipe, whole.config["vocab_size"]) for node in nodes]
@@ -149,6 +155,38 @@ def add_draft(plan: Plan, name: str, draft: Plan) -> Plan:
     """The plan with another one to be written to the directory `name` inside, as a drafter."""
     manifest = dataclasses.replace(plan.manifest, drafters=(*plan.manifest.drafters, name))
     return dataclasses.replace(plan, manifest=manifest, drafts={**plan.drafts, name: draft})
+
+
+def _choose(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    pruning: Pruning,
+    target: str,
+    calibrate: Calibrate,
+    report: Callable[[str], None],
+) -> Choice:
+    if target != "cpu":
+        raise DsoptError(f"--prune auto: kernels are timed on the cpu alone so far, the target is {target}; "
+                         "name what to remove, as blocks=3")  # fmt: skip
+    config = find_family(checkpoint.config.get("model_type")).Config.from_dict(checkpoint.config)
+    windows = calibrate(checkpoint)
+    report("timing kernels")
+    return choose(checkpoint, pruning, measure_times(config, recipe, target), windows, report)
+
+
+def _cuts(
+    whole: Checkpoint,
+    pruning: Pruning,
+    automatic: Choice | None,
+    calibrate: Calibrate,
+    report: Callable[[str], None],
+) -> Cuts:
+    """Blocks do not know the vocabulary: they are judged and repaired with the whole one."""
+    if automatic is None:
+        return decide(whole, pruning, calibrate(whole), report) if pruning.needs_text else Cuts()
+    if not automatic.removed:
+        return Cuts()
+    return decide(whole, pruning, calibrate(whole), report, removed=automatic.removed, steps=automatic.steps)
 
 
 def _check_draft(draft: DraftCheckpoint, config: Any, target: str, pruning: Pruning) -> None:

@@ -68,7 +68,7 @@ def study(checkpoint: Checkpoint, windows: np.ndarray, goal: Goal, stage: Stage 
         statistics = calibrate(stream, windows, HELD, progress)
     pricer = Pricer(checkpoint, statistics, config.num_attention_heads, config.num_key_value_heads)
     with stage("pricing errors") as progress:
-        gradient = sweep_back(stream, statistics, pricer, progress=progress)
+        gradient = sweep_back(stream, statistics.hidden, pricer, progress=progress)
     head = stream.head()
     with torch.no_grad():
         sites = [*pricer.sites, price_head(checkpoint, head, statistics, FORMATS, gradient, stream.head_weight)]
