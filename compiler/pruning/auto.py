@@ -27,7 +27,7 @@ from dsopt.compiler.self_text import Windows
 from dsopt.runtime.errors import DsoptError
 
 Report = Callable[[str], None]
-_PIECES = 7.0  # nats that a token costs which now comes in pieces; measured on SmolLM2-135M, see the README
+_PIECES = 6.0  # nats that each piece costs which a token has more; measured on SmolLM2-135M, see the README
 _ATTENTION = 2 / 3  # attention's part of a block's time outside its linear layers
 _SCORED = 1024  # tokens on which blocks are judged
 

@@ -2,11 +2,12 @@
 
 What is kept: every token of the text's encoding, every part that a kept token is merged from, single bytes, added
 tokens, and, because no text shows everything, the likeliest of the others (see `token_rates`); or, where a size is
-said, the most frequent ones. Any text still encodes: what is gone comes in more pieces, down to bytes. Text of kept
-tokens encodes as before, since a merge that was taken is part of how its token is made.
+said, those without which a text takes most pieces more. Any text still encodes: what is gone comes in more pieces,
+down to bytes. Text of kept tokens encodes as before, since a merge that was taken is part of how its token is made.
 """
 
 import dataclasses
+import heapq
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,7 @@ from dsopt.compiler.pruning.token_rates import unseen_rates
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.tokenizer import Tokenizer
 
-DROPPED = 0.001  # share of a text's tokens that may be gone: in pieces that the model never met, each costs 5 nats
+DROPPED = 0.001  # pieces that a token of text may have more: the model never met them there, each costs 6 nats
 MULTIPLE = 64  # rows of a table: what the kernels like
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 _IDS = frozenset(
@@ -47,10 +48,9 @@ class Vocabulary:
 class Ranking:
     """Tokens in the order in which they are worth keeping: any start of `order` can stand alone.
 
-    order int64 [tokens]: bytes and added tokens first, then those of the text, the most frequent first, then the
-    others, the likeliest first; each behind what it is merged from. `least` of them cannot go, `whole` has all of the
-    text. left float64 [tokens + 1]: the share of a text's tokens that is gone where so many are kept. seen: distinct
-    tokens of the text.
+    order int64 [tokens]: bytes and added tokens first, then what the text needs, then the others; each behind what it
+    is merged from. `least` of them cannot go, `whole` has all of the text. left float64 [tokens + 1]: by how many
+    pieces more a token of text is said where so many are kept. seen: distinct tokens of the text.
     """
 
     order: NDArray[np.int64]
@@ -96,14 +96,49 @@ def rank_tokens(tokenizer_json: bytes, text: str) -> Ranking:
     rates = unseen_rates(tokenizer, ids, texts) | {id: count / len(ids) for id, count in counts.items()}
     basic = [token for token in vocabulary if len(token) == 1 or _is_byte(token)]
     basic += [unknown for unknown in (spec["model"].get("unk_token"),) if unknown in vocabulary]
-    order = dict.fromkeys([*sorted(added), *(vocabulary[token] for token in basic)])
-    least = whole = len(order)
-    for id in sorted(texts, key=lambda id: (id not in counts, -rates.get(id, 0.0), id)):
-        order |= dict.fromkeys(vocabulary[token] for token in sorted(_closed([texts[id]], parts), key=len))
-        whole = len(order) if id in counts else whole
-    kept = np.array([rates.get(id, 0.0) for id in order])
-    left = np.concatenate([np.cumsum(kept[::-1])[::-1], [0.0]])
-    return Ranking(np.array([*order], np.int64), left, least, whole, len(counts))
+    stays = added | {vocabulary[token] for token in basic}
+    wanted = {vocabulary[token] for token in _closed((texts[id] for id in counts if id in texts), parts)}
+    merges_of = {vocabulary[token]: (vocabulary[x], vocabulary[y]) for token, (x, y) in parts.items()}
+    gone, costs = _drop_all([*texts], stays, wanted, merges_of, rates)
+    order = [*sorted(stays), *reversed(gone)]
+    left = np.concatenate([np.cumsum(costs)[::-1], np.zeros(len(stays) + 1)])
+    left = np.concatenate([np.full(len(stays), left[0]), left[: len(gone) + 1]])
+    return Ranking(np.array(order, np.int64), left, len(stays), len(stays | wanted), len(counts))
+
+
+def _drop_all(
+    ids: list[int],
+    stays: set[int],
+    wanted: set[int],
+    parts: Mapping[int, tuple[int, int]],
+    rates: Mapping[int, float],
+) -> tuple[list[int], list[float]]:
+    """(what goes, in order, those `wanted` last; the pieces that a token of text has more without each).
+
+    A token that goes is said by its two parts from then on: its rate counts for them too. So the next to go is the one
+    with the least rate by then, of those that no other token is merged from.
+    """
+    said = {id: rates.get(id, 0.0) for id in ids}
+    users = Counter(part for id in ids for part in set(parts.get(id, ())))
+    heap = [(id in wanted, said[id], -id) for id in ids if not users[id] and id not in stays]
+    heapq.heapify(heap)
+    gone: list[int] = []
+    costs: list[float] = []
+    while heap:
+        late, cost, negative = heapq.heappop(heap)
+        id = -negative
+        if said[id] > cost:  # it stands for more since it was put there
+            heapq.heappush(heap, (late, said[id], negative))
+            continue
+        gone.append(id)
+        costs.append(cost)
+        for part in parts.get(id, ()):
+            said[part] += cost
+        for part in set(parts.get(id, ())):
+            users[part] -= 1
+            if not users[part] and part not in stays:
+                heapq.heappush(heap, (part in wanted, said[part], -part))
+    return gone, costs
 
 
 def _check(spec: Mapping[str, Any]) -> None:
