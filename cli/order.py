@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dsopt.compiler.pruning.options import Pruning
     from dsopt.compiler.recipe import Recipe
     from dsopt.compiler.search import Goal
+    from dsopt.compiler.self_text import Calibrate
     from dsopt.runtime.artifact import Artifact
 
 DEFAULT_LOSS = "0.01"
@@ -49,9 +50,14 @@ class Order:
 
     @property
     def insists(self) -> bool:
-        """Whether an option is given that only a search has."""
-        given = (self.loss, self.size, self.workload, self.calib) != (DEFAULT_LOSS, None, "chat", None)
+        """Whether an option is given that only a search has; a text to calibrate on is for pruning too."""
+        given = (self.loss, self.size, self.workload) != (DEFAULT_LOSS, None, "chat")
+        given |= self.calib is not None and not self.prunes
         return given or self.allow_miss or bool(self.report) or bool(self.profile)
+
+    @property
+    def prunes(self) -> bool:
+        return self.prune != "none"
 
     @property
     def searches(self) -> bool:
@@ -78,6 +84,8 @@ class Job:
 
         target, recipe = _target_and_recipe(order)
         pruning = Pruning.parse(order.prune)
+        if order.calib and order.prunes and not pruning.needs_text:
+            raise UsageError(f"--calib: --prune {order.prune} needs no text to calibrate on; leave out one")
         order, goal = replace(order, target=target), None
         if order.searches and (order.insists or _is_here(target)):
             from dsopt.compiler.search import Goal
@@ -94,11 +102,12 @@ class Job:
         from dsopt.compiler.pruning.options import full_text
 
         if self.goal is None:
-            return full_text(self.recipe.text, self.pruning)
+            text = full_text(self.recipe.text, self.pruning)
+            return f"{text} calib={_digest(self.order.calib, _TEXTS)}" if self.order.calib else text
         words = ["auto", f"loss={self.order.loss}", f"for={self.order.workload}"]
         words += [f"size={self.order.size}"] if self.order.size else []
         if self.order.calib:
-            words.append(f"calib={_digest(self.order.calib, '--calib names a text file')}")
+            words.append(f"calib={_digest(self.order.calib, _TEXTS)}")
         if self.order.profile:
             words.append(f"profile={_digest(_profile_file(self.order.profile), _PROFILES)}")
         if self.recipe.dtype != "fp32":
@@ -143,15 +152,23 @@ class Job:
         return search is not None and any(r["chosen"] and r["measured"] <= self.goal.loss for r in search["rounds"])
 
     def plan(self) -> "Plan":
+        from functools import partial
+
         from dsopt.compiler import build
+        from dsopt.compiler.corpus import read_windows, self_windows
         from dsopt.compiler.pruning.draft import DIRECTORY, plan_draft
 
+        calibrate: Calibrate = partial(read_windows, self.order.calib) if self.order.calib else self_windows
         plan = build.plan(
-            self.checkpoint, self.recipe, self.pruning, target=self.target, draft=self.drafter, report=note
-        )
+            self.checkpoint, self.recipe, self.pruning,
+            target=self.target, draft=self.drafter, calibrate=calibrate, report=note,
+        )  # fmt: skip
         if self.order.draft == SELF:
             note("making the drafter")
-            draft = plan_draft(self.checkpoint, self.pruning, report=note)
+            pruning = self.pruning
+            if pruning.auto and pruning.vocab:  # the drafter is told tokens by the numbers that they have now
+                pruning = replace(pruning, auto=0.0, tokens=plan.manifest.model["vocab_size"])
+            draft = plan_draft(self.checkpoint, pruning, calibrate=calibrate, report=note)
             note_rates(draft.manifest.pruning)
             plan = build.add_draft(plan, DIRECTORY, draft)
         return plan
@@ -203,6 +220,7 @@ def _keep_float8(checkpoint: "Checkpoint", recipe: "Recipe", target: str) -> "Re
     return Recipe.parse(f"fp8{head}").with_dtype(recipe.dtype)
 
 
+_TEXTS = "--calib names a text file"
 _PROFILES = "--profile names the dsopt.json of a model that a search compiled"
 
 

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from dsopt.compiler import package
 from dsopt.compiler.cache_reach import Reach, measure_reach
 from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.corpus import self_windows
 from dsopt.compiler.drafters.build import DraftPlan, check_target, plan_drafter, write_drafter
 from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
 from dsopt.compiler.export import export
@@ -31,13 +32,14 @@ from dsopt.compiler.passes.tie_embeddings import EMBEDDING, TieEmbeddings
 from dsopt.compiler.passes.widen_logits import WidenLogits
 from dsopt.compiler.probe import probed
 from dsopt.compiler.pruning.account import describe_pruning
+from dsopt.compiler.pruning.auto import Choice, choose, measure_times
 from dsopt.compiler.pruning.decide import Cuts, decide
 from dsopt.compiler.pruning.head import choose_head
 from dsopt.compiler.pruning.options import NOTHING, Pruning, full_text
 from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabulary
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import find_linears
-from dsopt.compiler.self_text import Calibrate, default_windows
+from dsopt.compiler.self_text import Calibrate
 from dsopt.compiler.smoothing import Scales
 from dsopt.compiler.weights import Weight
 from dsopt.runtime.artifact import Manifest
@@ -74,7 +76,7 @@ def plan(
     target: str = "cpu",
     evidence: Evidence | None = None,
     smoothing: Scales | None = None,
-    calibrate: Calibrate = default_windows,
+    calibrate: Calibrate = self_windows,
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Export and rewrite, computing no weight, unless there is to be pruned: that reads and decides by text.
@@ -86,10 +88,14 @@ def plan(
     """
     chosen = probed(target)
     recipe = recipe.with_dtype(chosen.check_dtype(recipe.said_dtype))
-    whole, vocabulary = checkpoint, None
-    if pruning.vocab:
+    whole, vocabulary, automatic = checkpoint, None, None
+    if pruning.auto:
+        automatic = _choose(checkpoint, recipe, pruning, chosen.name, calibrate, report)
+        vocabulary = automatic.vocabulary
+    elif pruning.vocab:
         report("choosing tokens")
         vocabulary = choose_vocabulary(checkpoint.files["tokenizer.json"], pruning.read_corpus(), pruning.tokens)
+    if vocabulary:
         checkpoint = prune_vocabulary(checkpoint, vocabulary)
     family = find_family(checkpoint.config.get("model_type"))
     config = family.Config.from_dict(checkpoint.config)
@@ -109,12 +115,13 @@ def plan(
     nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
     pruned, said = None, None
     if pruning:
-        windows = calibrate(checkpoint) if pruning.needs_text or pruning.head else []
-        cuts = decide(checkpoint, pruning, windows, report) if pruning.needs_text else Cuts()
+        cuts = _cuts(whole, pruning, automatic, calibrate, report)
         for step in (PruneFeatures(cuts.channels, cuts.groups, cuts.weights), PruneBlocks(cuts.removed)):
             step(model)
         if pruning.head:
-            said = choose_head(windows, pruning.head, config.vocab_size, _token_ids(checkpoint, config.vocab_size)[1])
+            said = choose_head(
+                calibrate(checkpoint), pruning.head, config.vocab_size, _token_ids(checkpoint, config.vocab_size)[1]
+            )
             ShortenHead(said)(model)
             fact = {"head": {"tokens": len(said), "of": config.vocab_size}}
             cuts = dataclasses.replace(cuts, steps={**cuts.steps, **fact})
@@ -175,6 +182,38 @@ def add_draft(plan: Plan, name: str, draft: Plan) -> Plan:
     """The plan with another one to be written to the directory `name` inside, as a drafter."""
     manifest = dataclasses.replace(plan.manifest, drafters=(*plan.manifest.drafters, name))
     return dataclasses.replace(plan, manifest=manifest, drafts={**plan.drafts, name: draft})
+
+
+def _choose(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    pruning: Pruning,
+    target: str,
+    calibrate: Calibrate,
+    report: Callable[[str], None],
+) -> Choice:
+    if target != "cpu":
+        raise DsoptError(f"--prune auto: kernels are timed on the cpu alone so far, the target is {target}; "
+                         "name what to remove, as blocks=3")  # fmt: skip
+    config = find_family(checkpoint.config.get("model_type")).Config.from_dict(checkpoint.config)
+    windows = calibrate(checkpoint)
+    report("timing kernels")
+    return choose(checkpoint, pruning, measure_times(config, recipe, target), windows, report)
+
+
+def _cuts(
+    whole: Checkpoint,
+    pruning: Pruning,
+    automatic: Choice | None,
+    calibrate: Calibrate,
+    report: Callable[[str], None],
+) -> Cuts:
+    """Blocks do not know the vocabulary: they are judged and repaired with the whole one."""
+    if automatic is None:
+        return decide(whole, pruning, calibrate(whole), report) if pruning.needs_text else Cuts()
+    if not automatic.removed:
+        return Cuts()
+    return decide(whole, pruning, calibrate(whole), report, removed=automatic.removed, steps=automatic.steps)
 
 
 def _check_draft(draft: DraftCheckpoint, config: Any, target: str, pruning: Pruning) -> None:

@@ -77,7 +77,7 @@ def study(
         statistics = calibrate(stream, windows, HELD, progress)
     pricer = Pricer(checkpoint, statistics, config.num_attention_heads, config.num_key_value_heads, setting.arithmetic)
     with stage("pricing errors") as progress:
-        gradient = sweep_back(stream, statistics, pricer, progress=progress)
+        gradient = sweep_back(stream, statistics.hidden, pricer, progress=progress)
     head = stream.head()
     with torch.no_grad():
         sites = [

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.reference import Reference
 
-Calibrate = Callable[[Checkpoint], Sequence[NDArray[np.int64]]]
-"""A checkpoint -> windows of token ids, all of one length."""
+Windows = Sequence[NDArray[np.int64]] | NDArray[np.int64]
+"""Token ids, all windows of one length."""
+Calibrate = Callable[[Checkpoint], Windows]
 
-_WINDOWS, _SIZE = 32, 256
 _BATCH = 64  # sequences written at a time: the weights are read once for all of them
 
 
@@ -60,9 +60,3 @@ def _draw(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     cumulated = logits.softmax(-1).cumsum(-1)
     drawn = torch.rand((len(logits), 1), generator=generator) * cumulated[:, -1:]
     return torch.searchsorted(cumulated, drawn, right=True).clamp_max(logits.shape[-1] - 1)
-
-
-def default_windows(checkpoint: Checkpoint) -> list[NDArray[np.int64]]:
-    """What a checkpoint writes itself; the whole model stands in memory, in float32."""
-    size = min(_SIZE, int(checkpoint.config["max_position_embeddings"]))
-    return write_windows(Reference(checkpoint), _WINDOWS, size)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dsopt.compiler.calibrate import Statistics
 from dsopt.compiler.stream import BlockStream, observed
 
 _WORST = 0.01  # share of tokens
@@ -39,7 +38,7 @@ class Observed:
 
 def sweep_back(
     stream: BlockStream,
-    statistics: Statistics,
+    hidden: Callable[[int], Tensor],
     trial: Trial,
     *,
     seed: int = 0,
@@ -47,12 +46,13 @@ def sweep_back(
 ) -> Tensor:
     """Call `trial` for each layer from the last to the first, with what its linear layers saw and are worth.
 
-    Returns the gradients at the embeddings, float32 [SAMPLE, tokens, width].
+    `hidden` gives the input of a block by its layer, and of the final norm: float32 [windows, tokens, width].
+    Returns the gradients at the embeddings, of the same shape.
     """
-    gradient = _head_gradient(stream, statistics.hidden(stream.depth), seed)
+    gradient = _head_gradient(stream, hidden(stream.depth), seed)
     for layer in reversed(range(stream.depth)):
         progress(stream.depth - 1 - layer, stream.depth)
-        x = statistics.hidden(layer).requires_grad_()
+        x = hidden(layer).detach().requires_grad_()
         block = stream.block(layer)
         seen: dict[str, tuple[Tensor, Tensor]] = {}
 

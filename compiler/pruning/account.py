@@ -13,8 +13,9 @@ def describe_pruning(text: str, before: Iterable[Node], after: Iterable[Node], c
     """The manifest's `pruning`: text of the options, layers kept, steps by kind, the divergence after the repair.
 
     before, after: linear layers without and with pruning, the first with the head over the whole vocabulary. A step's
-    `freed` is its share of the bytes that a step of one token reads, nearly its share of the time; its `kld` what it
-    was expected to cost in nats before the repair, with `kld_per_percent` of `freed`.
+    `freed` is its share of the bytes that a step of one token reads, nearly its share of the time, which is `time`
+    where kernels were timed; its `kld` what it was expected to cost in nats before the repair, with `kld_per_percent`
+    of the time or else of `freed`.
     """
     old, new = ({node["name"]: node for node in nodes if node["role"] != "embed"} for nodes in (before, after))
     total = sum(node["bytes"] for node in old.values())
@@ -38,7 +39,8 @@ def _kind(node: Node, cuts: Cuts, *, gone: bool) -> str:
 
 
 def _rate(facts: Node, share: float) -> dict[str, float]:
-    rate = {"kld_per_percent": facts["kld"] / (100 * share)} if share and "kld" in facts else {}
+    bought = facts.get("time", share)
+    rate = {"kld_per_percent": facts["kld"] / (100 * bought)} if bought and "kld" in facts else {}
     return {"freed": share, **rate}
 
 

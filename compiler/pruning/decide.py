@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from dsopt.compiler.pruning.sensitivity import measure_sensitivity
 from dsopt.compiler.pruning.stream import Stream, Sublayer, batches, divergence
 from dsopt.compiler.pruning.tensors import spill
 from dsopt.compiler.pruning.widths import BLOCK, Removal, allocate, group_sizes
+from dsopt.compiler.self_text import Windows
 from dsopt.runtime.errors import DsoptError
 
 Report = Callable[[str], None]
@@ -50,17 +51,25 @@ class Cuts:
 def decide(
     checkpoint: Checkpoint,
     pruning: Pruning,
-    windows: Sequence[NDArray[np.int64]],
+    windows: Windows,
     report: Report = lambda line: None,
+    *,
+    removed: frozenset[Sublayer] = frozenset(),
+    steps: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Cuts:
     """Choose and repair by calibration text: windows of token ids, all of one length.
+
+    `removed` are blocks of which it is decided already that they go, `steps` what is known of that.
 
     Raises DsoptError where more is to go than there is. Memory: one block, and the hidden states of the windows
     about four times over.
     """
     stream = Stream(checkpoint)
     check_fits(pruning, stream.config)
-    return _Decision(stream, pruning, stream.embed(windows), report).make()
+    decision = _Decision(stream, pruning, stream.embed(windows), report)
+    decision.removed = removed
+    decision.steps |= {kind: dict(facts) for kind, facts in (steps or {}).items()}
+    return decision.make()
 
 
 def check_fits(pruning: Pruning, config: Any) -> None:

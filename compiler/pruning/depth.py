@@ -45,10 +45,12 @@ def choose_removals(
     whole: bool,
     removed: Group = frozenset(),
     weigh: Callable[[Sublayer], float] = lambda sublayer: 1.0,
+    before: float = 0.0,
 ) -> tuple[list[Group], float]:
     """(`count` groups in the order of removal, the divergence without them); layers if `whole`, else sublayers.
 
-    `estimates` say which to try at all. Of sublayers those go that cost least for what `weigh` says they free.
+    `estimates` say which to try at all. Of sublayers those go that cost least for what `weigh` says they free, beyond
+    `before`, the divergence without `removed`.
     """
     layers = range(stream.config.num_hidden_layers)
     groups = [frozenset(Sublayer(layer, mlp) for mlp in (False, True)) for layer in layers]
@@ -58,7 +60,7 @@ def choose_removals(
     left = [group for group in groups if not group & removed]
     left.sort(key=lambda group: sum(estimates[sublayer] for sublayer in group) / freed[group])
     chosen: list[Group] = []
-    left, before = left[: _FIRST + 2 * count], 0.0
+    left = left[: _FIRST + 2 * count]
     step = -(-count // _ROUNDS)
     while len(chosen) < count:
         found = dict(zip(left, gated_divergences(stream, x, base, removed, left), strict=True))

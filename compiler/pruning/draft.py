@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.corpus import self_windows
 from dsopt.compiler.pruning.options import Pruning
 from dsopt.compiler.recipe import Recipe
-from dsopt.compiler.self_text import Calibrate, default_windows
+from dsopt.compiler.self_text import Calibrate
 from dsopt.runtime.errors import DsoptError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def plan_draft(
     checkpoint: Checkpoint,
     target: Pruning,
     *,
-    calibrate: Calibrate = default_windows,
+    calibrate: Calibrate = self_windows,
     report: Callable[[str], None] = lambda line: None,
 ) -> "Plan":
     """The drafter of a model that is itself pruned as `target` says, as an artifact of its own."""

@@ -2,17 +2,15 @@
 never made costs only what it would have gained, while each row of the head is read for every token drafted."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dsopt.compiler.pruning.tensors import Indices
+from dsopt.compiler.self_text import Windows
 
 
-def choose_head(
-    windows: Sequence[NDArray[np.int64]], count: int, vocab_size: int, always: Iterable[int] = ()
-) -> Indices:
+def choose_head(windows: Windows, count: int, vocab_size: int, always: Iterable[int] = ()) -> Indices:
     """`count` token ids, ascending: those of `always`, then the most frequent ones of the windows, then the lowest
     ids, which a tokenizer learnt first because they are frequent."""
     seen = Counter(np.concatenate(windows).tolist())

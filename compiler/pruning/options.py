@@ -5,6 +5,8 @@ layers=N    N whole layers
 blocks=N    N single blocks, each the attention or the feed-forward of a layer
 kv=N        N key-value groups, and the query heads that read them, of every layer
 vocab=FILE  every token that FILE, a UTF-8 text, does not need (beside the most frequent ones)
+auto:F      what makes a step of one token F times as fast at the least loss: blocks, and tokens that vocab=FILE needs
+            least
 """
 
 import hashlib
@@ -14,8 +16,9 @@ from pathlib import Path
 
 from dsopt.runtime.errors import DsoptError, UsageError
 
-_EXAMPLE = "none, or some of ffn=10%, layers=2, blocks=3, kv=1, vocab=FILE"
-_KINDS = ("ffn", "layers", "blocks", "kv", "vocab")
+_EXAMPLE = "none, or some of ffn=10%, layers=2, blocks=3, kv=1, vocab=FILE; auto:1.15 alone or with vocab=FILE"
+_KINDS = ("ffn", "layers", "blocks", "kv", "vocab", "auto")
+_FASTEST = 4.0  # more than that no repair saves
 _MOST = 0.9  # of the feed-forward channels: with fewer than a tenth left there is nothing to repair with
 
 
@@ -30,6 +33,7 @@ class Pruning:
     vocab: Path | None = None
     tokens: int | None = None  # of vocab=FILE:N
     head: int = 0  # tokens that the head can say, 0 for all: not for users, such a model is fit for drafting only
+    auto: float = 0.0  # how many times as fast; 0 where it is not asked for
 
     def __post_init__(self) -> None:
         if not 0 <= self.ffn <= _MOST:
@@ -37,6 +41,10 @@ class Pruning:
         for name in ("layers", "blocks", "kv"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--prune: {name}={getattr(self, name)} is negative")
+        if self.auto and not 1 < self.auto <= _FASTEST:
+            raise UsageError(f"--prune: auto:{self.auto:g} is not a speed-up above 1 and up to {_FASTEST:g}")
+        if self.auto and (self.ffn or self.layers or self.blocks or self.kv or self.tokens):
+            raise UsageError("--prune: auto chooses by itself; with it works vocab=FILE, without a number of tokens")
 
     @classmethod
     def parse(cls, text: str) -> "Pruning":
@@ -45,7 +53,7 @@ class Pruning:
             return cls()
         found: dict[str, float | int | Path] = {}
         for part in text.split(","):
-            name, _, value = (side.strip() for side in part.partition("="))
+            name, _, value = (side.strip() for side in part.partition(":" if part.strip()[:4] == "auto" else "="))
             if name not in _KINDS or not value:
                 raise UsageError(f"--prune: {part.strip()!r} is not understood; works: {_EXAMPLE}")
             if name in found:
@@ -62,7 +70,7 @@ class Pruning:
     @property
     def needs_text(self) -> bool:
         """Whether a choice depends on calibration text."""
-        return bool(self.ffn or self.layers or self.blocks or self.kv)
+        return bool(self.ffn or self.layers or self.blocks or self.kv or self.auto)
 
     @property
     def text(self) -> str:
@@ -70,7 +78,8 @@ class Pruning:
 
         Raises DsoptError when that file cannot be read.
         """
-        parts = [f"ffn={100 * self.ffn:g}%"] if self.ffn else []
+        parts = [f"auto:{self.auto:g}"] if self.auto else []
+        parts += [f"ffn={100 * self.ffn:g}%"] if self.ffn else []
         parts += [f"{name}={getattr(self, name)}" for name in ("layers", "blocks", "kv") if getattr(self, name)]
         if self.vocab:
             digest = hashlib.sha256(self.read_corpus().encode()).hexdigest()[:8]
@@ -104,6 +113,10 @@ def full_text(recipe: str, pruning: Pruning) -> str:
 def _parse_value(name: str, value: str) -> float | int | Path:
     if name == "vocab":
         return Path(value).expanduser()
+    if name == "auto":
+        if not re.fullmatch(r"\d+(\.\d+)?", value):
+            raise UsageError(f"--prune: auto:{value} is not a factor, as auto:1.15")
+        return float(value)
     if name == "ffn":
         if not re.fullmatch(r"\d+(\.\d+)?%", value):
             raise UsageError(f"--prune: ffn={value} is not a percentage, as ffn=10%")

@@ -1,8 +1,8 @@
 """What an error in a sublayer's output costs: the Fisher information of the hidden states behind it.
 
 For a small error e of the hidden states, KL(dense || changed) ~ E[(g.e)^2] / 2, where g is the gradient of the
-log-likelihood of a token drawn from the model itself. Gradients are carried back a block at a time over stored hidden
-states: memory is one block and the states between layers.
+log-likelihood of a token drawn from the model itself. The sweep is that of `compiler/sensitivity.py`: memory is one
+block and the states between layers.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsopt.compiler.pruning.stream import Stream, Sublayer, batches
+from dsopt.compiler.pruning.stream import Stream, Sublayer
+from dsopt.compiler.sensitivity import Observed, sweep_back
 
 _MASSIVE = 8  # times the median size: a massive activation
 _SHRINK = 0.05  # part of the metric taken from its mean: it comes from few tokens and must not be blind anywhere
@@ -51,35 +52,21 @@ def _kinds(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def measure_sensitivity(stream: Stream, x: Tensor, seed: int = 0) -> tuple[dict[Sublayer, Sensitivity], Tensor]:
     """Run embedded windows x [n, s, hidden] forth and back. Returns the last hidden states too."""
-    sublayers, states = stream.sublayers, [x]
-    for sublayer in sublayers:
-        states.append(stream.advance(sublayer, states[-1]))
-    gradient = _from_head(stream, states[-1], torch.Generator().manual_seed(seed))
+    inputs = [x]
+    for layer in range(stream.blocks.depth):
+        inputs.append(stream.advance(Sublayer(layer, True), stream.advance(Sublayer(layer, False), inputs[-1])))
     found = {}
-    for sublayer, before, after in zip(reversed(sublayers), states[-2::-1], states[:0:-1], strict=True):
-        found[sublayer] = _measure(before, after, gradient)
-        gradient = _carry_back(stream, sublayer, before, gradient)
-    return found, states[-1]
 
+    def measure(layer: int, seen: dict[str, Observed]) -> None:
+        before = inputs[layer]
+        for sublayer in (Sublayer(layer, False), Sublayer(layer, True)):
+            last = seen[sublayer.weight.removesuffix(".weight")]  # its outputs are what the sublayer adds
+            after = before + last.y.reshape(x.shape)
+            found[sublayer] = _measure(before, after, last.g.reshape(x.shape))
+            before = after
 
-def _from_head(stream: Stream, x: Tensor, generator: torch.Generator) -> Tensor:
-    """d log p(y) / dx for a y drawn at each position."""
-    head, parts = stream.head(), []
-    for rows in x.flatten(0, 1).split(128):
-        rows = rows.detach().requires_grad_()
-        logs = head(rows).log_softmax(-1)
-        drawn = torch.multinomial(logs.detach().exp(), 1, generator=generator)
-        parts.append(torch.autograd.grad(logs.gather(-1, drawn).sum(), rows)[0])
-    return torch.cat(parts).reshape(x.shape)
-
-
-def _carry_back(stream: Stream, sublayer: Sublayer, x: Tensor, gradient: Tensor) -> Tensor:
-    parts = []
-    for part, out in zip(batches(x), batches(gradient), strict=True):
-        part = part.detach().requires_grad_()
-        added = stream.run(sublayer, part)[1]
-        parts.append(out + torch.autograd.grad(added, part, out)[0])
-    return torch.cat(parts)
+    sweep_back(stream.blocks, inputs.__getitem__, measure, seed=seed)
+    return found, inputs[-1]
 
 
 def _measure(before: Tensor, after: Tensor, gradient: Tensor) -> Sensitivity:

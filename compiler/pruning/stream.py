@@ -4,15 +4,15 @@ The residual stream is seen as a row of sublayers, attention and feed-forward of
 which adds `features @ weight.T`: the features are what its last linear layer (o_proj, down_proj) reads.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.self_text import Windows
 from dsopt.compiler.stream import BlockStream
 from dsopt.runtime.errors import DsoptError
 
@@ -41,9 +41,9 @@ class Stream:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Raises DsoptError on a family whose blocks are no pair of attention and feed-forward."""
-        self._blocks = BlockStream(checkpoint)
-        self.config = self._blocks.config
-        self._blank: Any = self._blocks.blank()
+        self.blocks = BlockStream(checkpoint)
+        self.config = self.blocks.config
+        self._blank: Any = self.blocks.blank()
         parts = ("input_layernorm", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
         if missing := [part for part in parts if part not in dict(self._blank.named_modules())]:
             raise DsoptError(f"{self.config.__class__.__module__}: a family without {missing[0]} cannot be pruned yet")
@@ -57,7 +57,7 @@ class Stream:
         """One block with its weights."""
         if self._loaded is None or self._loaded[0] != layer:
             self._loaded = None  # let go of the old one before the new one is read
-            self._loaded = layer, self._blocks.block(layer)
+            self._loaded = layer, self.blocks.block(layer)
         return self._loaded[1]
 
     def weight(self, sublayer: Sublayer) -> Tensor:
@@ -70,9 +70,9 @@ class Stream:
         module = self._blank.mlp if sublayer.mlp else self._blank.self_attn
         return sum(parameter.numel() for parameter in module.parameters())
 
-    def embed(self, windows: Sequence[NDArray[np.int64]]) -> Tensor:
+    def embed(self, windows: Windows) -> Tensor:
         """Windows of one length -> hidden states float32 [windows, length, hidden]."""
-        return self._blocks.embed(np.stack(windows))
+        return self.blocks.embed(np.asarray(windows))
 
     def run(self, sublayer: Sublayer, x: Tensor) -> tuple[Tensor, Tensor]:
         """(features, contribution) of a sublayer to the hidden states x [b, s, hidden] before it."""
@@ -84,7 +84,7 @@ class Stream:
             if sublayer.mlp:
                 out = block.mlp(block.post_attention_layernorm(x))
             else:
-                out = block.self_attn(block.input_layernorm(x), *self._blocks.state(*x.shape[:2]))[0]
+                out = block.self_attn(block.input_layernorm(x), *self.blocks.state(*x.shape[:2]))[0]
         finally:
             hook.remove()
         return seen[0], out
@@ -95,7 +95,7 @@ class Stream:
 
     def head(self) -> Callable[[Tensor], Tensor]:
         """Final norm and output table: hidden states [rows, hidden] -> logits [rows, vocab]."""
-        return self._blocks.head()
+        return self.blocks.head()
 
 
 def batches(x: Tensor) -> Iterator[Tensor]:

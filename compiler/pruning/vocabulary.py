@@ -1,15 +1,16 @@
 """A smaller vocabulary, chosen by a text: what text of its kind does not need leaves tables and tokenizer.
 
 What is kept: every token of the text's encoding, every part that a kept token is merged from, single bytes, added
-tokens, and, because no text shows everything, the likeliest of the others (see `token_rates`). Any text still encodes:
-what is gone comes in more pieces, down to bytes. Text of kept tokens encodes as before, since a merge that was taken
-is part of how its token is made.
+tokens, and, because no text shows everything, the likeliest of the others (see `token_rates`); or, where a size is
+said, those without which a text takes most pieces more. Any text still encodes: what is gone comes in more pieces,
+down to bytes. Text of kept tokens encodes as before, since a merge that was taken is part of how its token is made.
 """
 
 import dataclasses
+import heapq
 import json
-import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from dsopt.compiler.pruning.token_rates import unseen_rates
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.tokenizer import Tokenizer
 
-DROPPED = 0.001  # share of a text's tokens that may be gone: in pieces that the model never met, each costs 5 nats
+DROPPED = 0.001  # pieces that a token of text may have more: the model never met them there, each costs 6 nats
 MULTIPLE = 64  # rows of a table: what the kernels like
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 _IDS = frozenset(
@@ -43,41 +44,101 @@ class Vocabulary:
         return place if place < len(self.kept) and self.kept[place] == old else None
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Tokens in the order in which they are worth keeping: any start of `order` can stand alone.
+
+    order int64 [tokens]: bytes and added tokens first, then what the text needs, then the others; each behind what it
+    is merged from. `least` of them cannot go, `whole` has all of the text. left float64 [tokens + 1]: by how many
+    pieces more a token of text is said where so many are kept. seen: distinct tokens of the text.
+    """
+
+    order: NDArray[np.int64]
+    left: NDArray[np.float64]
+    least: int
+    whole: int
+    seen: int
+
+    def take(self, size: int | None = None) -> Vocabulary:
+        """About `size` tokens, or all of the text and so many others that no more than DROPPED is gone."""
+        wanted = self.least if size is None else max(size, self.least)
+        if size is None:
+            wanted = max(self.whole, int((self.left > DROPPED).sum()))
+        count = min(len(self.order), -(-wanted // MULTIPLE) * MULTIPLE)
+        record = {
+            "tokens": count,
+            "of": len(self.order),
+            "seen": self.seen,
+            "dropped_share": max(float(self.left[count]), 0.0),
+        }
+        return Vocabulary(np.sort(self.order[:count]), record)
+
+
 def choose_vocabulary(tokenizer_json: bytes, text: str, size: int | None = None) -> Vocabulary:
     """The tokens to keep, about `size` or as many as leave out DROPPED of the tokens of text of this kind.
 
     Raises DsoptError on a tokenizer that is no BPE or cannot fall back to bytes.
     """
+    return rank_tokens(tokenizer_json, text).take(size)
+
+
+def rank_tokens(tokenizer_json: bytes, text: str) -> Ranking:
+    """Raises DsoptError on a tokenizer that is no BPE or cannot fall back to bytes."""
     spec = json.loads(tokenizer_json)
     _check(spec)
     tokenizer = Tokenizer.from_bytes(tokenizer_json, Path("tokenizer.json"))
     ids = tokenizer.encode(text, special=False)
     vocabulary, merges = spec["model"]["vocab"], [_pair(merge) for merge in spec["model"]["merges"]]
-    seen, added = set(ids), {token["id"] for token in spec["added_tokens"]}
-    needed = [token for token, id in vocabulary.items() if id in seen or len(token) == 1 or _is_byte(token)]
-    needed += [unknown for unknown in (spec["model"].get("unk_token"),) if unknown in vocabulary]
+    added = {token["id"] for token in spec["added_tokens"]}
     parts = {a + b: (a, b) for a, b in reversed(merges)}  # of several merges that make a token, the first counts
-    kept = added | {vocabulary[token] for token in _closed(needed, parts)}
     texts = {id: token for token, id in vocabulary.items()}
-    rates = unseen_rates(tokenizer, ids, texts)
-    left = math.fsum(rate for id, rate in rates.items() if id not in kept)
-    for token in _by_rate(rates, texts, parts):
-        enough = left <= DROPPED if size is None else len(kept) >= size
-        if enough and len(kept) % MULTIPLE == 0:
-            break
-        if vocabulary[token] not in kept:
-            kept.add(vocabulary[token])
-            left -= rates.get(vocabulary[token], 0)
-    record = {"tokens": len(kept), "of": len(added | set(texts)), "seen": len(seen), "dropped_share": max(left, 0.0)}
-    return Vocabulary(np.array(sorted(kept), np.int64), record)
+    counts = Counter(ids)
+    rates = unseen_rates(tokenizer, ids, texts) | {id: count / len(ids) for id, count in counts.items()}
+    basic = [token for token in vocabulary if len(token) == 1 or _is_byte(token)]
+    basic += [unknown for unknown in (spec["model"].get("unk_token"),) if unknown in vocabulary]
+    stays = added | {vocabulary[token] for token in basic}
+    wanted = {vocabulary[token] for token in _closed((texts[id] for id in counts if id in texts), parts)}
+    merges_of = {vocabulary[token]: (vocabulary[x], vocabulary[y]) for token, (x, y) in parts.items()}
+    gone, costs = _drop_all([*texts], stays, wanted, merges_of, rates)
+    order = [*sorted(stays), *reversed(gone)]
+    left = np.concatenate([np.cumsum(costs)[::-1], np.zeros(len(stays) + 1)])
+    left = np.concatenate([np.full(len(stays), left[0]), left[: len(gone) + 1]])
+    return Ranking(np.array(order, np.int64), left, len(stays), len(stays | wanted), len(counts))
 
 
-def _by_rate(
-    rates: Mapping[int, float], texts: Mapping[int, str], parts: Mapping[str, tuple[str, str]]
-) -> Iterator[str]:
-    """Tokens, the likeliest first, each behind what it is merged from; some come more than once."""
-    for id in sorted(rates, key=lambda id: (-rates[id], id)):
-        yield from sorted(_closed([texts[id]], parts), key=len)
+def _drop_all(
+    ids: list[int],
+    stays: set[int],
+    wanted: set[int],
+    parts: Mapping[int, tuple[int, int]],
+    rates: Mapping[int, float],
+) -> tuple[list[int], list[float]]:
+    """(what goes, in order, those `wanted` last; the pieces that a token of text has more without each).
+
+    A token that goes is said by its two parts from then on: its rate counts for them too. So the next to go is the one
+    with the least rate by then, of those that no other token is merged from.
+    """
+    said = {id: rates.get(id, 0.0) for id in ids}
+    users = Counter(part for id in ids for part in set(parts.get(id, ())))
+    heap = [(id in wanted, said[id], -id) for id in ids if not users[id] and id not in stays]
+    heapq.heapify(heap)
+    gone: list[int] = []
+    costs: list[float] = []
+    while heap:
+        late, cost, negative = heapq.heappop(heap)
+        id = -negative
+        if said[id] > cost:  # it stands for more since it was put there
+            heapq.heappush(heap, (late, said[id], negative))
+            continue
+        gone.append(id)
+        costs.append(cost)
+        for part in parts.get(id, ()):
+            said[part] += cost
+        for part in set(parts.get(id, ())):
+            users[part] -= 1
+            if not users[part] and part not in stays:
+                heapq.heappush(heap, (part in wanted, said[part], -part))
+    return gone, costs
 
 
 def _check(spec: Mapping[str, Any]) -> None:

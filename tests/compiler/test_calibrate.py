@@ -167,7 +167,7 @@ def test_the_price_of_an_error_is_the_divergence_that_it_makes(
         order.append(layer)
         seen.update(linears)
 
-    sweep_back(stream, found, keep)
+    sweep_back(stream, found.hidden, keep)
     assert order == [1, 0]
     assert set(seen) == set(MODULES)
     linear = seen[module]

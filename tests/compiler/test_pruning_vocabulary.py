@@ -14,7 +14,7 @@ from dsopt.compiler import build
 from dsopt.compiler.checkpoint import Checkpoint, open_checkpoint
 from dsopt.compiler.pruning.options import Pruning
 from dsopt.compiler.pruning.token_rates import unseen_rates
-from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabulary
+from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabulary, rank_tokens
 from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.reference import Reference
 from dsopt.runtime.artifact import open_artifact
@@ -120,6 +120,21 @@ def test_special_tokens_have_new_ids_wherever_they_are_named(checkpoint: Checkpo
 def test_a_wanted_size(checkpoint: Checkpoint) -> None:
     sizes = [len(choose_vocabulary(checkpoint.files["tokenizer.json"], "The river.", n).kept) for n in (1, 350)]
     assert sizes == [320, 384]
+
+
+def test_a_size_below_the_texts_own_keeps_its_most_frequent_tokens(checkpoint: Checkpoint) -> None:
+    """The river comes a hundred times, the bridge once: the river's token stays, the bridge's goes."""
+    text = "The river. " * 100 + "the bridge whispers; nobody remembers, everybody crosses it"
+    tokenizer = checkpoint.files["tokenizer.json"]
+    least = rank_tokens(tokenizer, text).least
+    kept = choose_vocabulary(tokenizer, text, least + 1)
+    river, bridge = (tokenizer_of(checkpoint).encode(word) for word in (" river", " bridge"))
+    assert (len(river), len(bridge)) == (1, 1)
+    assert river[0] in kept.kept
+    assert kept.record["tokens"] < least + 65
+    whole = choose_vocabulary(tokenizer, text)
+    assert bridge[0] in whole.kept
+    assert whole.record["dropped_share"] <= kept.record["dropped_share"]
 
 
 def test_the_rate_of_what_one_half_lacks(checkpoint: Checkpoint) -> None:
