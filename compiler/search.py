@@ -234,9 +234,11 @@ def search(
 def _budget(rounds: Sequence[Round], loss: float) -> float:
     """The estimated loss at which a build should measure `loss`, a little inside: the next choice errs in its own way.
 
-    Between two builds, one on each side, along the line through both in logarithms; else by the ratio of the last.
+    Between two builds, one on each side, along the line through both in logarithms; else by the ratio of the last. The
+    last round keeps more distance where no build fits yet: a miss would leave nothing.
     """
-    aim = 0.97 * loss
+    is_last_hope = len(rounds) == ROUNDS - 1 and all(r.measured > loss for r in rounds)
+    aim = (0.88 if is_last_hope else 0.97) * loss
     points = sorted((max(r.measured, 1e-7), max(r.assignment.loss, 1e-9)) for r in rounds)
     under, over = [p for p in points if p[0] <= loss], [p for p in points if p[0] > loss]
     if under and over and over[0][1] > under[-1][1]:
