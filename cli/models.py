@@ -76,9 +76,11 @@ def check_overwrite(directory: Path, *, force: bool) -> None:
 
 def _check_own(directory: Path) -> None:
     """Raises DsoptError when a user's file is among those of the artifact: it would go with them."""
+    from dsopt.runtime.drafters.temperatures import CALIBRATION
+
     try:
         manifest = json.loads((directory / MANIFEST).read_bytes())
-        files = {*manifest["files"], *manifest["drafters"], MANIFEST}
+        files = {*manifest["files"], *manifest["drafters"], MANIFEST, CALIBRATION}
     except (ValueError, KeyError, TypeError):
         return  # a damaged manifest: whatever is here was a compiled model
     foreign = sorted(path.name for path in directory.iterdir() if path.name not in files)

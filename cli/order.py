@@ -163,6 +163,8 @@ class Job:
             self.checkpoint, self.recipe, self.pruning,
             target=self.target, draft=self.drafter, calibrate=calibrate, report=note,
         )  # fmt: skip
+        # The recipe alone does not say which text the pruning was chosen by.
+        plan = replace(plan, manifest=replace(plan.manifest, recipe=self.text))
         if self.order.draft == SELF:
             note("making the drafter")
             pruning = self.pruning

@@ -119,8 +119,9 @@ def plan(
         for step in (PruneFeatures(cuts.channels, cuts.groups, cuts.weights), PruneBlocks(cuts.removed)):
             step(model)
         if pruning.head:
+            vocab = config.vocab_size
             said = choose_head(
-                calibrate(checkpoint), pruning.head, config.vocab_size, _token_ids(checkpoint, config.vocab_size)[1]
+                calibrate(checkpoint), round(pruning.head * vocab), vocab, _token_ids(checkpoint, vocab)[1]
             )
             ShortenHead(said)(model)
             fact = {"head": {"tokens": len(said), "of": config.vocab_size}}
@@ -305,6 +306,8 @@ def _with_rows(node: dict[str, Any], recipe: Recipe, vocab: int) -> dict[str, An
 def _sizes(model: ir.Model, config: Any) -> dict[str, int]:
     """The manifest's `model`. Layers are those with a cache, which is what a runtime allocates; see `pruning`."""
     attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+    if not attentions:
+        raise DsoptError("--prune: no attention would be left; ask for less")
     weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
     return {
         "layers": len(attentions),

@@ -174,10 +174,11 @@ class Chain:
 
 
 def linear_chain(form: Format, n: int, k: int, copies: int, target: Target, dtype: str) -> Chain:
-    """`copies` linear layers [rows, k] -> [rows, n] in the format, all reading one input."""
+    """`copies` linear layers [rows, k] -> [rows, n] in the format, each with an input of its own: what a format
+    computes of its input would otherwise be computed once for all copies, by the optimizer."""
     built = _Builder(FLOATS[dtype])
-    x = built.input("x", [1, "rows", k])
     for copy in range(copies):
+        x = built.input(f"x{copy}", [1, "rows", k])
         parts = [built.weight(f"{copy}.{part.name}", part) for part in weight_parts(form, n, k)]
         source = _means(built, x, form.block, copy) if form.minima else x
         node = linear_node(form, source, parts, n, k)
@@ -206,7 +207,7 @@ def _columns(node: ir.Node) -> int:
 
 
 def _means(built: _Builder, x: ir.Value, block: int, copy: int) -> ir.Value:
-    """The block means behind x, made anew for each copy: a layer pays for its own."""
+    """The block means behind x."""
     width = int(x.shape[2])  # type: ignore[index, arg-type]
     pool = ir.node("AveragePool", [x], {"kernel_shape": [block], "strides": [block]})
     (means,) = built.node(pool, [(f"means{copy}", [1, "rows", width // block])], keep=False)

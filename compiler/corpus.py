@@ -65,7 +65,8 @@ def _lines(path: Path, content: str) -> list[str]:
 def self_windows(checkpoint: Checkpoint, progress: Progress = lambda done, total: None) -> np.ndarray:
     """What the model writes itself, kept in the cache by its fingerprint; int64 [WINDOWS, TOKENS]."""
     size = min(TOKENS, int(checkpoint.config["max_position_embeddings"]))
-    key = hashlib.sha256(f"{_VERSION} {checkpoint.source.sha256} {WINDOWS} {size}".encode()).hexdigest()[:32]
+    tokens = hashlib.sha256(checkpoint.files["tokenizer.json"]).hexdigest()  # of a pruned vocabulary: others
+    key = hashlib.sha256(f"{_VERSION} {checkpoint.source.sha256} {tokens} {WINDOWS} {size}".encode()).hexdigest()[:32]
     path = cache_dir() / "texts" / f"{key}.npy"
     if path.exists():
         return np.asarray(np.load(path, allow_pickle=False), np.int64)

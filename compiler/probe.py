@@ -22,6 +22,7 @@ from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.files import cache_dir, write_atomically
 from dsopt.runtime.session import Session
 
+_PASSING = ("CUDA failure", "CUBLAS failure", "CUDNN failure", "out of memory", "Failed to allocate")  # a busy card
 _SIZE = 128  # N = K of the layers tried
 
 
@@ -42,8 +43,9 @@ def probed(name: str) -> Target:
     except (OSError, ValueError, AttributeError, TypeError):
         command = [sys.executable, "-m", "dsopt.compiler.probe", target.name]
         done = subprocess.run(command, capture_output=True, check=False)
-        if done.returncode:
-            raise DsoptError(f"{target.provider}: asking for its kernels ended with {done.returncode}") from None
+        if done.returncode or not json.loads(done.stdout):
+            last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+            raise DsoptError(f"{target.provider}: asking for its kernels failed ({last or 'none found'})") from None
         write_atomically(path, done.stdout)
         return _with_linears(target, done.stdout)
 
@@ -73,7 +75,9 @@ def _has_linear(form: str, target: Target, dtype: str) -> bool:
 def _can_make(make: Callable[[], Chain]) -> bool:
     try:
         make()
-    except Exception:  # onnxruntime's have no common base; a missing kernel is one of them
+    except Exception as error:  # onnxruntime's have no common base; a missing kernel is one of them
+        if any(word in str(error) for word in _PASSING):
+            raise
         return False
     return True
 

@@ -27,6 +27,7 @@ PAST = 256  # cached positions behind which attention is timed
 _TRAFFIC = 64 << 20  # bytes of weights a run reads at least: more than a cache holds,
 _DEVICE_TRAFFIC = 256 << 20  # a card's of 50 MB too
 _FEW_ROWS = 32  # from here on arithmetic hides the reading, and a short chain tells as much
+_VERSION = 2  # of what is timed: cells of another are measured again
 _SHORT, _LONGEST, _BODIES = 2, 400, 8  # copies then, at most, and of blocks
 _DEVICE_SHORT = 8  # a card takes microseconds where the call around it takes tens of them
 _MOST = {"cpu": 1 << 33, "cuda": 1 << 37}  # multiplications of a cell; larger ones are left to extrapolation
@@ -129,7 +130,7 @@ class _Store:
 
     def __init__(self, machine: Mapping[str, Any]) -> None:
         self.machine = machine
-        digest = sha256(json.dumps(machine, sort_keys=True).encode()).hexdigest()
+        digest = sha256(json.dumps([_VERSION, machine], sort_keys=True).encode()).hexdigest()
         self._path = cache_dir() / "kernels" / f"{digest[:16]}.json"
         self.cells = self._read()
 

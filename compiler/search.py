@@ -109,7 +109,12 @@ def options(sites: Sequence[Site], table: KernelTable, workload: str) -> list[li
     For speculation a row's result may not depend on the rows beside it, which may be rejected: no kernel with one
     activation scale for all of them.
     """
-    offered = ([c for c in site.prices if workload != "speculative" or c.format.kernel != "w8a8"] for site in sites)
+    offered = [[c for c in site.prices if workload != "speculative" or c.format.kernel != "w8a8"] for site in sites]
+    for site, choices in zip(sites, offered, strict=True):
+        if not choices:
+            raise DsoptError(
+                f"--for {workload}: rows of {site.k} ({site.name}) are no whole blocks of 32; --quant int8 does without"
+            )
     return [
         _undominated([price_option(site, choice, table, workload) for choice in choices])
         for site, choices in zip(sites, offered, strict=True)

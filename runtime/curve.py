@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from dsopt.runtime.artifact import GRAPH, WEIGHTS
 from dsopt.runtime.decoder import advance, prefill
 from dsopt.runtime.files import cache_dir, write_atomically
-from dsopt.runtime.machine import cpu_name
+from dsopt.runtime.machine import cpu_name, gpu_name
 from dsopt.runtime.session import Binding, Session, ort_version
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32)
@@ -168,6 +168,7 @@ def _path(session: Session) -> Path:
         *(files[name]["sha256"] for name in (GRAPH, WEIGHTS)),
         cpu_name(),
         session.device,
+        gpu_name() if session.device == "cuda" else "",
         session.threads,
         ort_version(),
     ]

@@ -52,7 +52,7 @@ def check_device(asked: str) -> None:
 
 def cpu_lacks(family: str, recipe: str) -> str | None:
     """What a graph for CUDA, of this family by this recipe, has that the CPU cannot run; None where it can."""
-    said = f"{family} {recipe}"
+    said = re.split(r"[ ,=]", f"{family} {recipe}")  # whole words: a file's name or hash may hold any of these
     words = (("bf16", "bfloat16"), ("fp8", "float8"), ("qwen3", "norms-in-attention"))
     return next((what for word, what in words if word in said), None)
 

@@ -198,6 +198,7 @@ class Binding:
         self._generation = self.cache.generation
 
     def _bind_shape(self, shape: tuple[int, int]) -> None:
+        self._shape = (-1, -1)  # of neither, should an interrupt come between
         if shape not in self._steps:
             self._steps[shape] = self._new_step(*shape)
         for name, value in self._steps[shape].inputs.items():

@@ -31,6 +31,7 @@ def _scale(graph: ir.Graph, node: ir.Node, constants: list[ir.Value]) -> None:
     assert x is not None
     before, largest = row_scales(x, constants)
     after = ir.node("Mul", [y, largest])
+    name, after.outputs[0].shape = y.name, y.shape
     y.replace_all_uses_with(after.outputs[0], replace_graph_outputs=True)
     after.replace_input_with(0, y)
     node.replace_input_with(0, before[-1].outputs[0])
@@ -38,6 +39,7 @@ def _scale(graph: ir.Graph, node: ir.Node, constants: list[ir.Value]) -> None:
         made.name = f"{place}/{made.op_type}.rows"
         made.outputs[0].name = f"{made.name}.out"
         made.outputs[0].type = y.type or x.type
+    y.name, after.outputs[0].name = f"{name}.unscaled", name  # a graph's output keeps its name
     graph.insert_before(node, before)
     graph.insert_after(node, after)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dsopt.compiler.build import Plan
 
 DIRECTORY = "draft-self"
-_HEAD = 4  # of so many tokens the head says one
+_HEAD = 0.25  # share of the tokens that the head says
 
 
 def plan_draft(
@@ -36,6 +36,5 @@ def plan_draft(
     layers = int(checkpoint.config["num_hidden_layers"]) // 2
     if not layers:
         raise DsoptError("--draft self: a model of one layer has no smaller copy")
-    vocab = target.tokens or int(checkpoint.config["vocab_size"])
-    pruning = Pruning(ffn=0.25, layers=layers, vocab=target.vocab, tokens=target.tokens, head=vocab // _HEAD)
+    pruning = Pruning(ffn=0.25, layers=layers, vocab=target.vocab, tokens=target.tokens, head=_HEAD)
     return build.plan(checkpoint, Recipe.parse("int4"), pruning, calibrate=calibrate, report=report)

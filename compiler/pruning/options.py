@@ -32,7 +32,7 @@ class Pruning:
     kv: int = 0
     vocab: Path | None = None
     tokens: int | None = None  # of vocab=FILE:N
-    head: int = 0  # tokens that the head can say, 0 for all: not for users, such a model is fit for drafting only
+    head: float = 0.0  # share of tokens that the head can say, 0 for all: not for users, it is fit for drafting only
     auto: float = 0.0  # how many times as fast; 0 where it is not asked for
 
     def __post_init__(self) -> None:
@@ -41,6 +41,10 @@ class Pruning:
         for name in ("layers", "blocks", "kv"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--prune: {name}={getattr(self, name)} is negative")
+        if self.tokens is not None and self.tokens < 1:
+            raise UsageError(f"--prune: vocab=FILE:{self.tokens} keeps no token; say how many, or only FILE")
+        if not 0 <= self.head <= 1:
+            raise UsageError(f"--prune: head={self.head:g} is no share")
         if self.auto and not 1 < self.auto <= _FASTEST:
             raise UsageError(f"--prune: auto:{self.auto:g} is not a speed-up above 1 and up to {_FASTEST:g}")
         if self.auto and (self.ffn or self.layers or self.blocks or self.kv or self.tokens):
@@ -85,7 +89,7 @@ class Pruning:
             digest = hashlib.sha256(self.read_corpus().encode()).hexdigest()[:8]
             parts.append(f"vocab={self.vocab.name}{f':{self.tokens}' * bool(self.tokens)}@{digest}")
         if self.head:
-            parts.append(f"head={self.head}")
+            parts.append(f"head={self.head:g}")
         return ",".join(parts) or "none"
 
     def read_corpus(self) -> str:

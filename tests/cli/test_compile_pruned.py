@@ -37,7 +37,7 @@ def test_a_drafter_of_its_own(tiny_llama_dir: Callable[..., Path], exported_once
     compile_model(source, out, Order("none", draft="self"))
     artifact, draft = open_artifact(out), open_artifact(out / "draft-self")
     assert artifact.manifest.drafters == ("draft-self",)
-    assert draft.manifest.recipe == "int4 prune ffn=25%,layers=1,head=80"
+    assert draft.manifest.recipe == "int4 prune ffn=25%,layers=1,head=0.25"
     assert draft.manifest.model["layers"] == 2
     assert draft.manifest.model["vocab_size"] == artifact.manifest.model["vocab_size"]
     assert np.isfinite(session_scorer(Session(draft, threads=1))(np.arange(9), 9)).all()

@@ -185,6 +185,9 @@ RECIPES = {
     "w8a8-token": PACKED
     + TABLE
     + Counter(DynamicQuantizeMatMul=8, MatMulNBits=1, Abs=8, ReduceMax=8, Max=8, Div=8, Mul=8),
+    "none,head=w8a8-token": PACKED
+    + Counter(FusedMatMul=8, DynamicQuantizeMatMul=1, Abs=1, ReduceMax=1, Max=1, Div=1, Mul=1)
+    + TABLE,
     "w8a8,head=w8a8": PACKED + TABLE + Counter(DynamicQuantizeMatMul=9),
     "int4,embed=none": PACKED + Counter(MatMulNBits=9, Gather=1),
     "int4,qkv=w8a8,down=int8,head=none": PACKED

@@ -42,7 +42,7 @@ def logits(artifact: Artifact) -> np.ndarray:
 def test_the_tokens_it_says_have_the_logits_they_had(
     recipe: str, tied: bool, compile_head: Callable[..., Artifact]
 ) -> None:
-    whole, short = (compile_head(pruning, recipe, tied=tied) for pruning in (Pruning(), Pruning(head=80)))
+    whole, short = (compile_head(pruning, recipe, tied=tied) for pruning in (Pruning(), Pruning(head=0.25)))
     said = choose_head(WINDOWS, 80, 320, [257])
     before, after = logits(whole), logits(short)
     assert after.shape == before.shape

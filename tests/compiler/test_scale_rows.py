@@ -31,10 +31,11 @@ def multiply(form: str, x: np.ndarray) -> np.ndarray:
     graph.outputs.append(node.outputs[0])
     model = ir.Model(graph, ir_version=10)
     assert ScaleRows()(model).modified == (form == "w8a8-token")
+    assert graph.outputs[0].name == "y"
     session = ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), session_options(), providers=["CPUExecutionProvider"]
     )
-    return session.run(None, {"x": x})[0]
+    return session.run(["y"], {"x": x})[0]
 
 
 @pytest.fixture(autouse=True)
