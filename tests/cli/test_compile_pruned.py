@@ -32,6 +32,29 @@ def test_what_is_pruned_is_part_of_what_an_artifact_is(
         compile_model(source, plain, Order("none", prune="layers=1"))
 
 
+def test_the_text_of_a_pruning_is_part_of_what_an_artifact_is(
+    tiny_llama_dir: Callable[..., Path], exported_once: None, tmp_path: Path
+) -> None:
+    source, text, out = str(tiny_llama_dir(max_position_embeddings=32)), tmp_path / "text", tmp_path / "out"
+    text.write_text("".join(f"{n:06} " for n in range(1000)))
+    order = Order("none", prune="layers=1", calib=text)
+    assert compile_model(source, out, order) == out
+    assert compile_model(source, out, order) == out
+    with pytest.raises(DsoptError, match="exists already"):
+        compile_model(source, out, Order("none", prune="layers=1"))
+
+
+def test_a_smaller_vocabulary_has_a_drafter_too(
+    tiny_llama_dir: Callable[..., Path], exported_once: None, tmp_path: Path
+) -> None:
+    """The drafter's head is chosen by text in the tokens that are left."""
+    source, text, out = str(tiny_llama_dir(num_hidden_layers=3)), tmp_path / "text", tmp_path / "out"
+    text.write_text("only a few letters " * 40)
+    compile_model(source, out, Order("none", prune=f"vocab={text}", draft="self"))
+    artifact, draft = open_artifact(out).manifest, open_artifact(out / "draft-self").manifest
+    assert draft.model["vocab_size"] == artifact.model["vocab_size"] < 320
+
+
 def test_a_drafter_of_its_own(tiny_llama_dir: Callable[..., Path], exported_once: None, tmp_path: Path) -> None:
     source, out = str(tiny_llama_dir(num_hidden_layers=3)), tmp_path / "out"
     compile_model(source, out, Order("none", draft="self"))
