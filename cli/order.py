@@ -116,7 +116,11 @@ class Job:
 
     def times(self) -> "KernelTable | None":
         """The kernel times that --profile names. Raises DsoptError where it has none."""
-        return read_profile(self.order.profile) if self.order.profile else None
+        if self.order.profile is None:
+            return None
+        from dsopt.compiler.kernel_table import KernelTable
+
+        return KernelTable.read(_profile_file(self.order.profile), _PROFILES)
 
     @property
     def directory(self) -> Path:
@@ -228,25 +232,6 @@ _PROFILES = "--profile names the dsopt.json of a model that a search compiled"
 
 def _profile_file(path: Path) -> Path:
     return path / MANIFEST if path.is_dir() else path
-
-
-def read_profile(path: Path) -> "KernelTable":
-    """The kernel table of a `dsopt.json`, or a directory with one. Raises DsoptError where there is none."""
-    import json
-
-    from dsopt.compiler.kernel_table import KernelTable
-    from dsopt.runtime.errors import DsoptError
-
-    path = _profile_file(path)
-    try:
-        data = json.loads(path.read_bytes())
-    except OSError as error:
-        raise DsoptError(f"{path} could not be read ({error.strerror}); {_PROFILES}") from error
-    except (ValueError, RecursionError) as error:
-        raise DsoptError(f"{path} is not JSON ({error}); {_PROFILES}") from error
-    if not isinstance(data, dict) or not data.get("profile"):
-        raise DsoptError(f"{path} has no kernel times; {_PROFILES}")
-    return KernelTable.from_json(data["profile"])
 
 
 def _digest(path: Path, what: str) -> str:

@@ -1,11 +1,8 @@
 """The compiler's front door: a checkpoint and a recipe in, an artifact out."""
 
 import dataclasses
-import json
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +12,26 @@ from dsopt.compiler import package
 from dsopt.compiler.cache_reach import Reach, measure_reach
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.corpus import self_windows
+from dsopt.compiler.description import (
+    describe_sizes,
+    describe_weights,
+    make_manifest,
+    rounded_again,
+    token_ids,
+    with_rows,
+)
 from dsopt.compiler.drafters.build import DraftPlan, check_target, plan_drafter, write_drafter
 from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
 from dsopt.compiler.export import export
-from dsopt.compiler.fp8 import Fp8Tensor
-from dsopt.compiler.gguf import FLOAT_TYPES, GgufTensor
 from dsopt.compiler.models import find_family
 from dsopt.compiler.passes import CLEAN, pipeline
 from dsopt.compiler.passes.check_kernels import CheckKernels
 from dsopt.compiler.passes.prune_blocks import PruneBlocks
 from dsopt.compiler.passes.prune_features import PruneFeatures
-from dsopt.compiler.passes.quantize_linears import Evidence, is_exact, module_name
+from dsopt.compiler.passes.quantize_linears import Evidence
 from dsopt.compiler.passes.shorten_head import ShortenHead
 from dsopt.compiler.passes.smooth_linears import SmoothLinears
-from dsopt.compiler.passes.tie_embeddings import EMBEDDING, TieEmbeddings
+from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
 from dsopt.compiler.passes.widen_logits import WidenLogits
 from dsopt.compiler.probe import probed
 from dsopt.compiler.pruning.account import describe_pruning
@@ -37,8 +40,7 @@ from dsopt.compiler.pruning.decide import Cuts, decide
 from dsopt.compiler.pruning.head import choose_head
 from dsopt.compiler.pruning.options import NOTHING, Pruning, full_text
 from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabulary
-from dsopt.compiler.recipe import HEAD, Format, Recipe
-from dsopt.compiler.roles import find_linears
+from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.self_text import Calibrate
 from dsopt.compiler.smoothing import Scales
 from dsopt.compiler.weights import Weight
@@ -46,7 +48,6 @@ from dsopt.runtime.artifact import Manifest
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.tokenizer import Tokenizer
 
-_MADE_WITH = ("dsopt", "torch", "onnx_ir", "onnxscript")
 _DERIVED = ("rotary_emb.inv_freq",)  # some checkpoints store what the config already says
 
 
@@ -112,7 +113,7 @@ def plan(
     passes = pipeline(recipe, chosen, evidence, _reach(checkpoint, recipe, pruning, report))
     for step in passes[: len(CLEAN)]:
         step(model)
-    nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings)
+    nodes = describe_weights(model, recipe, tied=config.tie_word_embeddings)
     pruned, said = None, None
     if pruning:
         cuts = _cuts(whole, pruning, automatic, calibrate, report)
@@ -121,17 +122,17 @@ def plan(
         if pruning.head:
             vocab = config.vocab_size
             said = choose_head(
-                calibrate(checkpoint), round(pruning.head * vocab), vocab, _token_ids(checkpoint, vocab)[1]
+                calibrate(checkpoint), round(pruning.head * vocab), vocab, token_ids(checkpoint, vocab)[1]
             )
             ShortenHead(said)(model)
             fact = {"head": {"tokens": len(said), "of": config.vocab_size}}
             cuts = dataclasses.replace(cuts, steps={**cuts.steps, **fact})
-        before = [_with_rows(node, recipe, whole.config["vocab_size"]) for node in nodes]
-        nodes = _describe_weights(model, recipe, tied=config.tie_word_embeddings and not pruning.head)
+        before = [with_rows(node, recipe, whole.config["vocab_size"]) for node in nodes]
+        nodes = describe_weights(model, recipe, tied=config.tie_word_embeddings and not pruning.head)
         pruned = describe_pruning(pruning.text, before, nodes, cuts, vocabulary.record if vocabulary else {})
-    for line in _rounded_again(checkpoint, nodes):
+    for line in rounded_again(checkpoint, nodes):
         report(line)
-    sizes = _sizes(model, config)
+    sizes = describe_sizes(model, config)
     if smoothing:
         SmoothLinears(smoothing)(model)
     for step in passes[len(CLEAN) :]:
@@ -140,7 +141,7 @@ def plan(
         WidenLogits(said, config.vocab_size)(model)
     CheckKernels(chosen)(model)
     text = full_text(recipe.text, pruning)
-    manifest = _manifest(checkpoint, config, text, chosen.name, sizes, nodes, pruned)
+    manifest = make_manifest(checkpoint, config, text, chosen.name, sizes, nodes, pruned)
     files = {**checkpoint.files, "genai_config.json": package.genai_config(manifest)}
     if draft is None:
         return Plan(model, manifest, files)
@@ -226,27 +227,6 @@ def _check_draft(draft: DraftCheckpoint, config: Any, target: str, pruning: Prun
         raise DsoptError(f"--draft: the drafter knows the whole model, not one pruned by {pruning.text}; leave out one")
 
 
-def _rounded_again(checkpoint: Checkpoint, nodes: list[dict[str, Any]]) -> list[str]:
-    """A line for each quantized type of the checkpoint whose weights another format will hold: a loss of its own.
-
-    Codes that become floats lose nothing; but a checkpoint in float8 is chosen for its size, so that is said too.
-    """
-    counts: Counter[tuple[str, str]] = Counter()
-    for node in nodes:
-        name = "model.embed_tokens" if f"{node['name']}.weight" not in checkpoint.tensors else node["name"]
-        tensor, form = checkpoint.tensors[f"{name}.weight"], Format.parse(node["format"])
-        coded = isinstance(tensor, GgufTensor) and tensor.dtype not in FLOAT_TYPES and form.kernel != "none"
-        if coded or isinstance(tensor, Fp8Tensor):
-            counts[(tensor.dtype, node["format"])] += not is_exact(tensor, form)
-    return [
-        f"{count} weights stored as {dtype} become floats; --target cuda --quant fp8 keeps them"
-        if form == "none"
-        else f"{count} weights stored as {dtype} are rounded again to {form}; dsopt compare tells what that costs"
-        for (dtype, form), count in counts.items()
-        if count
-    ]
-
-
 def _check_names(checkpoint: Checkpoint, config: Any) -> None:
     """Before a graph of many layers is built: does the checkpoint have the last one?"""
     last = f"model.layers.{config.num_hidden_layers - 1}."
@@ -275,90 +255,3 @@ def _bind_weights(model: ir.Model, checkpoint: Checkpoint, *, tied: bool) -> Non
             f"{checkpoint.source.path}: tensors that this model type does not have: {', '.join(left[:3])}"
             f"{f' and {len(left) - 3} more' * (len(left) > 3)}"
         )
-
-
-def _describe_weights(model: ir.Model, recipe: Recipe, *, tied: bool) -> list[dict[str, Any]]:
-    """An entry a matrix: each linear layer, and the embedding (0 bytes where it is stored as the head)."""
-    linears, width = find_linears(model.graph), recipe.float_bytes
-    nodes = [_entry(x.name, x.role, x.layer, x.size, recipe.format(x.role, module_name(x)), width) for x in linears]
-    hidden, shape = linears[-1].size[1], model.graph.initializers[EMBEDDING].shape
-    vocab = int(shape[0]) if shape is not None else 0  # type: ignore[arg-type]
-    embedding = recipe.embedding(hidden)
-    nodes.append(_entry("model.embed_tokens", "embed", None, (vocab, hidden), embedding, width))
-    if tied and embedding == recipe.format("head", HEAD):
-        nodes[-1]["bytes"] = 0
-    return nodes
-
-
-def _entry(name: str, role: str, layer: int | None, size: tuple[int, int], form: Format, width: int) -> dict[str, Any]:
-    name = "lm_head" if role == "head" else name
-    return {"name": name, "role": role, "layer": layer, "shape": list(size), "format": str(form),
-            "bytes": form.nbytes(*size, width)}  # fmt: skip
-
-
-def _with_rows(node: dict[str, Any], recipe: Recipe, vocab: int) -> dict[str, Any]:
-    """A node's entry, the head's as if its vocabulary were `vocab`."""
-    if node["role"] != "head":
-        return node
-    return {**node, "bytes": recipe.format("head", HEAD).nbytes(vocab, node["shape"][1], recipe.float_bytes)}
-
-
-def _sizes(model: ir.Model, config: Any) -> dict[str, int]:
-    """The manifest's `model`. Layers are those with a cache, which is what a runtime allocates; see `pruning`."""
-    attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
-    if not attentions:
-        raise DsoptError("--prune: no attention would be left; ask for less")
-    weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
-    return {
-        "layers": len(attentions),
-        "hidden_size": config.hidden_size,
-        "heads": attentions[0].attributes["num_heads"].as_int(),
-        "kv_heads": attentions[0].attributes["kv_num_heads"].as_int(),
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab_size,
-        "context_length": config.max_position_embeddings,
-        "parameters": sum(weight.size for weight in weights if isinstance(weight, Weight)),
-    }
-
-
-def _manifest(
-    checkpoint: Checkpoint,
-    config: Any,
-    recipe: str,
-    target: str,
-    sizes: dict[str, int],
-    nodes: list[dict[str, Any]],
-    pruning: Mapping[str, Any] | None,
-) -> Manifest:
-    source = checkpoint.source
-    bos, eos = _token_ids(checkpoint, config.vocab_size)
-    return Manifest(
-        name=source.name,
-        recipe=recipe,
-        target=target,
-        family=str(checkpoint.config["model_type"]),
-        source={"kind": source.kind, "name": source.name, "sha256": source.sha256},
-        model=sizes,
-        bos=bos,
-        eos=eos,
-        nodes=tuple(nodes),
-        files={},
-        versions={name: version(name) for name in _MADE_WITH},
-        pruning=pruning,
-    )
-
-
-def _token_ids(checkpoint: Checkpoint, vocab_size: int) -> tuple[int | None, tuple[int, ...]]:
-    """bos and the set of eos ids: generation_config.json has the last word, as in transformers."""
-    generation = json.loads(checkpoint.files.get("generation_config.json", b"{}"))
-    fields = {**checkpoint.config, **{key: value for key, value in generation.items() if value is not None}}
-    eos = fields.get("eos_token_id")
-    eos = tuple(eos) if isinstance(eos, list) else (eos,)
-    if not eos or not all(_is_token(token, vocab_size) for token in eos):
-        raise DsoptError(f"{checkpoint.source.path}: eos_token_id {eos} is not in the vocabulary of {vocab_size}")
-    bos = fields.get("bos_token_id")
-    return (bos if _is_token(bos, vocab_size) else None), eos
-
-
-def _is_token(value: object, vocab_size: int) -> bool:
-    return type(value) is int and 0 <= value < vocab_size

@@ -10,7 +10,7 @@ from dsopt.compiler.reference import Reference
 from dsopt.compiler.self_text import write_windows
 from dsopt.compiler.stream import BlockStream
 
-_WINDOWS, _SIZE = 32, 32
+_WINDOWS, _SIZE = 32, 32  # short: the text that a search writes takes a minute, maxima are found sooner
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsopt.compiler.recipe import Format
+from dsopt.compiler.safetensors_dir import read_json
 from dsopt.runtime.errors import DsoptError
 
 Cell = tuple[int, int, str, int]  # N, K, format, rows
@@ -78,6 +80,14 @@ class KernelTable:
             linears.setdefault(f"{n}x{k}", {}).setdefault(form, {})[str(rows)] = round(1e6 * seconds, 2)
         other = {str(rows): round(1e6 * seconds, 2) for rows, seconds in sorted(self.bodies.items())}
         return {"machine": dict(self.machine), "microseconds": linears, "other_microseconds": other}
+
+    @classmethod
+    def read(cls, path: Path, hint: str) -> "KernelTable":
+        """That of a `dsopt.json`. Raises DsoptError, ending in `hint`, when it is missing or has none."""
+        data = read_json(path, hint)
+        if not data.get("profile"):
+            raise DsoptError(f"{path} has no kernel times; {hint}")
+        return cls.from_json(data["profile"])
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "KernelTable":

@@ -60,12 +60,12 @@ def open_safetensors_dir(path: Path, *, kind: str, name: str) -> Checkpoint:
     return Checkpoint(source, config, tensors, files)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises DsoptError when the file is missing or holds anything else."""
+def read_json(path: Path, hint: str = "a model directory needs it") -> dict[str, Any]:
+    """A JSON object. Raises DsoptError when the file is missing or holds anything else; `hint` says what it is for."""
     try:
         value = json.loads(path.read_bytes())
     except OSError as error:
-        raise DsoptError(f"{path} could not be read ({error.strerror}); a model directory needs it") from error
+        raise DsoptError(f"{path} could not be read ({error.strerror}); {hint}") from error
     except (ValueError, RecursionError) as error:
         raise DsoptError(f"{path} is not valid JSON ({error})") from error
     if not isinstance(value, dict):

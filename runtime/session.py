@@ -182,7 +182,7 @@ class Binding:
 
     def top(self, ids: NDArray[np.int64], count: int, rows: int = 1, keep: int | None = None) -> list[Candidates]:
         """As `run`, but of each row only the `count` largest logits, at most `most_candidates`."""
-        raise NotImplementedError("only a device's binding has candidates")
+        raise AssertionError("candidates are asked of a binding that has none")
 
     @property
     def hidden(self) -> NDArray[np.float32] | None:

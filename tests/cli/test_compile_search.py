@@ -239,7 +239,7 @@ def test_times_that_will_not_do(
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "is not JSON"),
+        ("{", "is not valid JSON"),
         ('{"profile": null}', "has no kernel times"),
         ('{"profile": {"machine": {}}}', "not a kernel table"),
     ],
