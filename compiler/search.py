@@ -18,10 +18,10 @@ from dsopt.compiler.sites import Choice, Site
 from dsopt.runtime.errors import DsoptError, UsageError
 from dsopt.runtime.session import PREFILL_CHUNK
 
-# How often a layer runs with how many rows, for one use: a prompt of 512 tokens and 128 of answer; a token; a prompt;
-# eight sequences at once; rounds that verify four drafted tokens.
+# How often a layer runs with how many rows, for one use: a prompt of 512 tokens and an answer of 128, of which drafts
+# that were verified give a fifth; a token; a prompt; eight sequences at once; rounds that verify four drafted tokens.
 WORKLOADS = {
-    "chat": {1: 128, 128: 4},
+    "chat": {1: 104, 5: 8, 128: 4},
     "decode": {1: 1},
     "prefill": {128: 1},
     "batch": {8: 1},
