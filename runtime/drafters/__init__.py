@@ -48,6 +48,21 @@ class Drafter(Protocol):
 
 
 @runtime_checkable
+class ReadingDrafter(Drafter, Protocol):
+    """One that must read the sequence before it can draft, which takes time: when it does is the scheduler's choice.
+
+    `accept` only remembers; `draft` reads what is still unread.
+    """
+
+    @property
+    def unread(self) -> int:
+        """Tokens that it was given and has not read; 0 where it cannot draft for this sequence any more."""
+
+    def read(self, count: int) -> None:
+        """Read at most so many of them."""
+
+
+@runtime_checkable
 class ConfidentDrafter(Drafter, Protocol):
     """One whose survival comes from how sure it is, a number that calibration puts right."""
 
