@@ -23,6 +23,7 @@ _READER_LOSS = 0.025  # of a drafter that reads, alone; beside one that copies, 
 _BESIDE_LOSS = 0.0125
 _ODDS = 1.5  # what a start on experience must promise for each second that it stakes
 _DOUBT = 4.0  # how much more must have been saved up to start a drafter that gained nothing before
+_WINDOWS = (512, 256, 128, 64, 32)  # tokens to begin with: a drafter goes by what stands near
 _MOST_GAIN = 0.5  # of the steps that are left a drafter hardly saves more
 _WON = 6.0  # plain steps won that may be lost again before anyone looks
 _RATE = 0.1  # weight of the newest observation in a running mean
@@ -77,7 +78,7 @@ class Scheduler:
     """
 
     def __init__(self, curve: VerifyCurve, widths: tuple[int, ...] = (), reader: Reader | None = None) -> None:
-        self._curve, self._widths, self._reader = curve, widths, reader
+        self._curve, self._widths, self.reader = curve, widths, reader
         self._lines: dict[int, tuple[float, float]] = {}  # of the curve, by width
         self._pace = _Pace()
         self._cost = _DraftCost(reader.curve if reader else None)
@@ -100,31 +101,37 @@ class Scheduler:
     def begin_again(self, cached: int, prompt: int, left: int) -> bool:
         """Whether to compute `cached` tokens of a prompt of `prompt` tokens anew, so that the drafter sees the layers
         it reads. An answer may have `left` tokens."""
-        if self._reader is None:
+        if self.reader is None:
             return True
         chunks, rest = divmod(cached, PREFILL_CHUNK)
         seconds = chunks * self._run_seconds(PREFILL_CHUNK, 0) + (self._run_seconds(rest, 0) if rest else 0.0)
-        self._stake = self._worth_staking(prompt, left, prompt, seconds)
+        self._stake = self._worth_staking(prompt, left - 1, prompt, seconds)
         if self._stake:
             self._pay(seconds, cached)
         return self._stake > 0
 
-    def read(self, depth: int, room: int, unread: int) -> int:
-        """How many of the `unread` tokens the drafter is to read now, beside a plain step; 0 leaves them.
+    def read(self, depth: int, room: int, unread: int) -> tuple[int, int]:
+        """What the drafter is to do now, beside a plain step, about the `unread` tokens: leave out so many, the first
+        ones, for good; and read so many behind them. `room`: tokens that may be drafted.
 
-        Reading begins when the account bears all of it and a draft. `room`: tokens that may be drafted.
+        Reading begins when the account bears all of it and a draft. Waiting alone would not bring it there where a
+        token costs more to read than a step adds to the account; then the latest tokens must do.
         """
-        self._unread = unread
-        if self._reader is None:
-            return 0
-        if self._stake is None:
+        self._unread, left_out = unread, 0
+        if self.reader is not None and self._stake is None:
             self._stake = self._worth_staking(depth, room, unread)
-        self._reading = unread > _NEAR and room > 0 and (self._reading or self._may_begin(depth, room, unread))
-        chunk = min(unread, PREFILL_CHUNK)
+        if self.reader is None or unread <= _NEAR or room < 1:
+            self._reading = False
+            return 0, 0
+        if not self._reading:
+            window = self._window(depth, room, unread)
+            self._reading, left_out = window > 0, unread - window
+        chunk = min(unread - left_out, PREFILL_CHUNK)
         if not self._reading or self._lost + self._cost.of_reading(chunk) > self._grant(depth):
-            return 0  # for now: it may have turned out dearer than was expected
-        self._unread -= chunk
-        return chunk
+            self._reading = False  # where it has begun, it turned out dearer than was expected
+            return 0, 0
+        self._unread = unread - left_out - chunk
+        return left_out, chunk
 
     def observe_reading(self, depth: int, count: int, seconds: float) -> None:
         """So many tokens were read."""
@@ -138,9 +145,9 @@ class Scheduler:
         """
         room = min(room, MOST)
         step = self._seconds(0, depth)
-        if room < 1 or (self._reader is not None and self._unread > _NEAR):
+        if room < 1 or (self.reader is not None and self._unread > _NEAR):
             return 0
-        if self._reader is None and self._cost.of(room) < _FREE * step:
+        if self.reader is None and self._cost.of(room) < _FREE * step:
             return self.ask_free(depth, room)
         rates, risks = self._prospects(depth, room)
         borne = risks <= self._grant(depth) - self._lost
@@ -180,7 +187,7 @@ class Scheduler:
             self._survival[position] += _RATE * ((done.accepted > position) - self._survival[position])
         step = self._seconds(0, done.depth)
         free = done.drafting <= _FREE * step
-        if done.asked and not (free and self._reader):
+        if done.asked and not (free and self.reader):
             self._cost.observe(done.asked, done.drafting)
         verifying = min(done.verifying, 2 * expected)  # a hiccup of the machine is no loss
         self._elapsed += done.drafting + verifying
@@ -195,30 +202,33 @@ class Scheduler:
 
     def end(self, emitted: int, *, ended: bool) -> None:
         """The answer has so many tokens; `ended`: not because no more were wanted. Experience is noted."""
-        if self._reader is None:
+        if self.reader is None:
             return
-        self._reader.experience.note(
+        self.reader.experience.note(
             emitted, ended=ended, started=self._started, gained=self._gained, won=self._gained - self._paid
         )
 
     def _worth_staking(self, depth: int, left: int, unread: int, seconds: float = 0.0) -> float:
         """Seconds to stake on reading at once: that, a first attempt, and `seconds`. 0 where experience does not
         promise more within `left` tokens, or less was won so far."""
-        assert self._reader is not None
-        step, experience = self._seconds(0, depth), self._reader.experience
-        whole = seconds + self._cost.of_reading(unread) + _GRANT * step
+        assert self.reader is not None
+        step, experience = self._seconds(0, depth), self.reader.experience
+        whole = seconds + self._cost.of_reading(min(unread, _WINDOWS[0])) + _GRANT * step
         return whole if min(experience.won, experience.promise(left) / _ODDS) * step >= whole else 0.0
 
-    def _may_begin(self, depth: int, room: int, unread: int) -> bool:
-        assert self._reader is not None
-        whole, doubt = self._cost.of_reading(unread), _DOUBT if self._reader.experience.disappoints else 1.0
-        if self._lost + doubt * whole > self._grant(depth):
-            return False  # as nearly always, and so asked first
+    def _window(self, depth: int, room: int, unread: int) -> int:
+        """How many of the unread tokens to read, the latest, to begin with; 0 to wait. As many as the account bears, and
+        the rest of the answer could pay for."""
+        borne = min(self._grant(depth) - self._lost, _MOST_GAIN * room * self._seconds(0, depth))
+        if self.reader is not None and self.reader.experience.disappoints:
+            borne /= _DOUBT
+        least = min(unread, _WINDOWS[-1])
+        if self._cost.of_reading(least) > borne:
+            return 0  # as nearly always, and so asked first
         rates, risks = self._prospects(depth, min(room, MOST))
-        whole += risks[np.argmax(rates)]
-        if whole > _MOST_GAIN * room * self._seconds(0, depth):
-            return False  # what is left could not pay for it
-        return bool(self._lost + doubt * whole <= self._grant(depth))
+        borne -= risks[np.argmax(rates)]
+        sizes = (min(unread, window) for window in _WINDOWS)
+        return next((size for size in sizes if self._cost.of_reading(size) <= borne), 0)
 
     def _prospects(self, depth: int, room: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Of rounds that draft 1 to `room` tokens: tokens a second, and seconds lost where none is accepted."""
@@ -228,9 +238,9 @@ class Scheduler:
 
     def _grant(self, depth: int) -> float:
         """Seconds that may have been lost by now."""
-        if self._reader is None:
+        if self.reader is None:
             return _GRANT * self._seconds(0, depth) + _LOSS * self._elapsed
-        share = _BESIDE_LOSS if self._reader.beside else _READER_LOSS
+        share = _BESIDE_LOSS if self.reader.beside else _READER_LOSS
         return (self._stake or 0.0) + share * self._elapsed
 
     def _pay(self, seconds: float, depth: int) -> None:

@@ -179,10 +179,12 @@ class _Loop:
     def _read(self, reader: ReadingDrafter, room: int) -> None:
         """Let the drafter read as much as the schedule allows now."""
         depth = self._cache.length
-        count = self._scheduler.read(depth, room, reader.unread)
+        left_out, count = self._scheduler.read(depth, room, reader.unread)
         if count == 0:
             return
         self._tally.overhead_seconds += self._lap()
+        if left_out:
+            reader.leave_out(left_out)
         reader.read(count)
         seconds = self._lap()
         self._tally.read_seconds += seconds

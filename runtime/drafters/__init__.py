@@ -61,6 +61,9 @@ class ReadingDrafter(Drafter, Protocol):
     def read(self, count: int) -> None:
         """Read at most so many of them."""
 
+    def leave_out(self, count: int) -> None:
+        """The first `count` of them will never be read, nor need be what was read before them."""
+
 
 @runtime_checkable
 class ConfidentDrafter(Drafter, Protocol):

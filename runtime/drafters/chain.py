@@ -39,6 +39,12 @@ class ChainDrafter:
             if isinstance(drafter, ReadingDrafter):
                 drafter.read(count)
 
+    def leave_out(self, count: int) -> None:
+        behind = self.unread - count
+        for drafter in self._drafters:
+            if isinstance(drafter, ReadingDrafter) and drafter.unread > behind:
+                drafter.leave_out(drafter.unread - behind)
+
     def draft(self, anchor: int, limit: int) -> Draft:
         unsure = Draft()
         for drafter in self._drafters:

@@ -119,6 +119,10 @@ class BlockDrafter:
     def read(self, count: int) -> None:
         self.ingest(count)
 
+    def leave_out(self, count: int) -> None:
+        """What is read later takes the positions behind what was read: only distances count."""
+        self._waiting = [np.concatenate(self._waiting)[count:]]
+
     def draft(self, anchor: int, limit: int) -> Draft:
         self.ingest()
         steps = self._ids.shape[1]

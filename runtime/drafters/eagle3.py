@@ -62,6 +62,13 @@ class Eagle3Drafter:
     def read(self, count: int) -> None:
         self._read(self._tokens[1 : min(count, self.unread) + 1])
 
+    def leave_out(self, count: int) -> None:
+        """What is read later takes the positions behind what was read: only distances count."""
+        fused = min(count, len(self._waiting))
+        self._waiting, self._tokens = self._waiting[fused:], self._tokens[count:]
+        if fused < count:
+            self._unread = [np.concatenate(self._unread)[count - fused :]]
+
     def draft(self, anchor: int, limit: int) -> Draft:
         steps = min(limit, self._steps)
         if steps < 1 or not self._tokens or not self._fits(steps):

@@ -15,6 +15,7 @@ from dsopt.runtime.sampling import Candidates, Sampler, Sampling
 from dsopt.runtime.session import PREFILL_CHUNK, Logits
 
 _WORTH = 0.3  # a draft ends before a token that is accepted, with all before it, less often than this
+_SINKS = 4  # tokens from the beginning that are never left out
 _POSITIONS = 8  # with a temperature of their own
 
 
@@ -70,6 +71,12 @@ class ModelDrafter:
         for start in range(0, len(new), PREFILL_CHUNK):
             self._read += new[start : start + PREFILL_CHUNK]
             ingest(self._binding, new[start : start + PREFILL_CHUNK])
+
+    def leave_out(self, count: int) -> None:
+        """It begins anew with the first few tokens, which attention leans on (arXiv:2309.17453), and what follows."""
+        start = len(self._tokens) - self.unread + count
+        self._tokens = [*self._tokens[: min(start, _SINKS)], *self._tokens[start:]]
+        self._agreed = 0
 
     def draft(self, anchor: int, limit: int) -> Draft:
         history = [*self._tokens, anchor]
