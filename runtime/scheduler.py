@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from dsopt.runtime.costs import MOST, RATE, DraftCost, Pace
 from dsopt.runtime.curve import VerifyCurve
 from dsopt.runtime.drafters import Draft
 from dsopt.runtime.drafters.curve import DraftCurve
 from dsopt.runtime.drafters.experience import Experience
 from dsopt.runtime.session import PREFILL_CHUNK
 
-MOST = 31  # tokens of a draft: the verify curve ends at 32 rows
 _MARGIN = 1.02  # how much better than plain decoding a draft must promise to be
 _LOSS = 0.015  # share of the time that speculation may have lost, and plain steps that it may lose on top,
 _GRANT, _FREE_GRANT = 2.0, 0.6  # fewer where drafts are free: what copies the text learns without trying
@@ -26,7 +26,6 @@ _DOUBT = 4.0  # how much more must have been saved up to start a drafter that ga
 _WINDOWS = (512, 256, 128, 64, 32)  # tokens to begin with: a drafter goes by what stands near
 _MOST_GAIN = 0.5  # of the steps that are left a drafter hardly saves more
 _WON = 6.0  # plain steps won that may be lost again before anyone looks
-_RATE = 0.1  # weight of the newest observation in a running mean
 _SURVIVAL = 0.75  # of a draft's tokens, each given those before it, until counted
 _FIRST = 4  # tokens asked for until the cost of drafts is known
 _FREE = 0.01  # drafts that cost less than this share of a step are asked for as long as they go
@@ -80,8 +79,8 @@ class Scheduler:
     def __init__(self, curve: VerifyCurve, widths: tuple[int, ...] = (), reader: Reader | None = None) -> None:
         self._curve, self._widths, self.reader = curve, widths, reader
         self._lines: dict[int, tuple[float, float]] = {}  # of the curve, by width
-        self._pace = _Pace()
-        self._cost = _DraftCost(reader.curve if reader else None)
+        self._pace = Pace()
+        self._cost = DraftCost(reader.curve if reader else None)
         self._survival = np.cumprod(np.full(MOST, _SURVIVAL))
         self.begin()
 
@@ -184,7 +183,7 @@ class Scheduler:
         expected = self._run_seconds(width, done.depth)
         self._pace.observe(width, done.verifying / expected)
         for position in range(done.verified):
-            self._survival[position] += _RATE * ((done.accepted > position) - self._survival[position])
+            self._survival[position] += RATE * ((done.accepted > position) - self._survival[position])
         step = self._seconds(0, done.depth)
         free = done.drafting <= _FREE * step
         if done.asked and not (free and self.reader):
@@ -217,8 +216,8 @@ class Scheduler:
         return whole if min(experience.won, experience.promise(left) / _ODDS) * step >= whole else 0.0
 
     def _window(self, depth: int, room: int, unread: int) -> int:
-        """How many of the unread tokens to read, the latest, to begin with; 0 to wait. As many as the account bears, and
-        the rest of the answer could pay for."""
+        """How many of the unread tokens to read, the latest, to begin with; 0 to wait. As many as the account bears,
+        and the rest of the answer could pay for."""
         borne = min(self._grant(depth) - self._lost, _MOST_GAIN * room * self._seconds(0, depth))
         if self.reader is not None and self.reader.experience.disappoints:
             borne /= _DOUBT
@@ -257,63 +256,3 @@ class Scheduler:
             self._lines[width] = self._curve.line(width)
         shallow, slope = self._lines[width]
         return (shallow + slope * max(depth - self._curve.depth, 0)) * self._pace.of(width)
-
-
-class _Pace:
-    """How much slower than the curve runs are now: all of them, and each width against all."""
-
-    def __init__(self) -> None:
-        self._all, self._seen = 1.0, 0
-        self._widths: dict[int, float] = {}
-
-    def of(self, width: int) -> float:
-        return self._all * self._widths.get(width, 1.0)
-
-    def observe(self, width: int, ratio: float) -> None:
-        """`ratio`: what a run took against what was expected."""
-        ratio = min(max(ratio, 0.5), 2.0)  # one hiccup says little
-        self._seen += 1
-        self._all *= ratio ** max(_RATE / 2, 1 / (self._seen + 1))  # the machine may be another one than it was
-        self._widths[width] = self._widths.get(width, 1.0) * ratio ** (_RATE / 2)
-
-
-class _DraftCost:
-    """Seconds of drafting so many tokens, by the draft curve where there is one, and as observed since; of reading, by
-    the curve and by what the last piece took against it."""
-
-    def __init__(self, curve: DraftCurve | None) -> None:
-        self._curve, self._reading = curve, 1.0
-        self._known = dict(zip(curve.counts, curve.draft_seconds, strict=True)) if curve else {}
-        self._estimates = np.zeros(MOST + 1)
-        if self._known:
-            self._estimate()
-
-    @property
-    def is_known(self) -> bool:
-        return bool(self._known)
-
-    def of(self, count: int) -> float:
-        """Estimated; in proportion beyond the counts known, 0 before the first."""
-        return float(self._estimates[count])
-
-    def up_to(self, count: int) -> NDArray[np.float64]:
-        """Of 1 to `count` tokens."""
-        return self._estimates[1 : count + 1]
-
-    def observe(self, asked: int, seconds: float) -> None:
-        known = self.of(asked) or seconds
-        self._known[asked] = known + _RATE * (min(seconds, 2 * known) - known)
-        self._estimate()
-
-    def _estimate(self) -> None:
-        counts = sorted(self._known)
-        most, slope = counts[-1], self._known[counts[-1]] / counts[-1]
-        inside = np.interp(range(most + 1), [0, *counts], [0.0, *(self._known[n] for n in counts)])
-        self._estimates = np.concatenate([inside, slope * np.arange(most + 1, MOST + 1)])
-
-    def of_reading(self, count: int) -> float:
-        return self._curve.reading(count) * self._reading if self._curve else 0.0
-
-    def observe_reading(self, count: int, seconds: float) -> None:
-        assert self._curve is not None
-        self._reading = min(max(seconds / self._curve.reading(count), 0.5), 8.0)  # deep in a text it takes longer

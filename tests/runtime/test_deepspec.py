@@ -137,6 +137,45 @@ def test_pieces_and_drafts_between_change_nothing(name: str, compile_pair: Calla
 
 
 @pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_what_waits_may_be_read_in_pieces_or_left_out(name: str, compile_pair: Callable[..., Any]) -> None:
+    drafter = drafter_of(compile_pair(name))
+    taps, behind = random_taps(drafter), int(name == "eagle3")  # its last row waits for the token behind it
+    whole, without = drafts(drafter, taps, [40]), draft_without(drafter, taps, 21)
+    assert without.survival != pytest.approx(whole.survival)
+
+    show(drafter, taps, (3, 27, 10))
+    for piece, unread in ((2, 38), (11, 27), (1, 26), (20, 6)):
+        drafter.read(piece)
+        assert drafter.unread == unread - behind
+    assert_same(drafter.draft(TOKENS[40], 4), whole)
+
+    show(drafter, taps, (3, 27, 10))
+    for count in (2, 19):
+        drafter.leave_out(count)
+    drafter.read(4)
+    assert drafter.unread == 15 - behind
+    assert_same(drafter.draft(TOKENS[40], 4), without)
+
+
+def show(drafter: Any, taps: np.ndarray, pieces: tuple[int, ...], done: int = 0) -> None:
+    drafter.begin()
+    for piece in pieces:
+        drafter.accept(TOKENS[done : done + piece], taps[done : done + piece])
+        done += piece
+
+
+def draft_without(drafter: Any, taps: np.ndarray, count: int) -> Draft:
+    """Of one that was never given the first `count` of 40 rows."""
+    show(drafter, taps, (40 - count,), count)
+    return drafter.draft(TOKENS[40], 4)
+
+
+def assert_same(made: Draft, wanted: Draft) -> None:
+    assert made.tokens == wanted.tokens
+    close(made.survival, wanted.survival)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
 def test_a_cache_that_grows_keeps_its_rows(name: str, compile_pair: Callable[..., Any], monkeypatch: Any) -> None:
     expected = drafts(drafter_of(compile_pair(name)), random_taps(drafter_of(compile_pair(name))), [50])
     monkeypatch.setattr("dsopt.runtime.kv._FIRST", 8)

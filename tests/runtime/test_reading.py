@@ -1,4 +1,4 @@
-"""When a drafter that must read begins, by a clock that only runs and drafts move: what that may cost and must bring."""
+"""When a drafter that must read begins, by a clock that only runs and drafts move: what it may cost and must bring."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from toy import TAPS, ToyBinding, curve, random_table
 
+from dsopt.runtime.costs import MOST
 from dsopt.runtime.curve import VerifyCurve
 from dsopt.runtime.decoder import decode
 from dsopt.runtime.drafters import Draft, Drafter
@@ -17,7 +18,7 @@ from dsopt.runtime.drafters.curve import DraftCurve
 from dsopt.runtime.drafters.experience import Experience
 from dsopt.runtime.drafters.ngram import NgramDrafter
 from dsopt.runtime.sampling import Sampler, Sampling
-from dsopt.runtime.scheduler import MOST, Reader, Scheduler
+from dsopt.runtime.scheduler import Reader, Scheduler
 from dsopt.runtime.speculate import Speculation, speculate
 from dsopt.runtime.tally import Tally
 
@@ -188,10 +189,10 @@ def test_a_good_drafter_of_a_long_answer_loses_little_by_beginning_late(clock: S
 
 
 def test_what_is_left_of_an_answer_must_be_able_to_pay(clock: SimpleNamespace) -> None:
-    """With 700 tokens an account bears the reading of 300 late; nothing is read for the last few."""
-    for limit in range(60, 130, 5):
+    """An account bears the reading of the latest 32 tokens after 90; for the last few nothing is read."""
+    for limit in (91, 93, 110):
         _, tally = answer(clock, Slow(clock, text(300), 0.9), scheduler(), 300, limit)
-        assert tally.read_tokens == 0 or limit - tally.start_tokens > 2 * reading(300)
+        assert tally.starts == (limit == 110)
 
 
 def test_experience_begins_at_once_where_it_promises_enough(clock: SimpleNamespace) -> None:
