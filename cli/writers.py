@@ -194,7 +194,8 @@ def _speculated(spec: Mapping[str, Any] | None) -> list[str]:
     if spec["reads"]:
         parts.append(_reading(spec))
     if spec["paused_rounds"]:
-        parts.append(f"left alone in {spec['paused_rounds']} of {spec['rounds']} rounds, where drafting loses")
+        why = "" if spec["reads"] else ", where drafting loses"
+        parts.append(f"left alone in {spec['paused_rounds']} of {spec['rounds']} rounds{why}")
     names = ("read", "draft", "verify", "overhead")[not spec["reads"] :]
     if seconds := sum(spec[f"{name}_seconds"] for name in names):
         shares = [f"{name} {100 * spec[f'{name}_seconds'] / seconds:.0f} %" for name in names]

@@ -18,8 +18,8 @@ from dsopt.runtime.errors import DsoptError, UsageError
 DSOPT = str(Path(sys.executable).with_name("dsopt"))
 COLUMNS = [
     *("category", "prompts", "draft", "base_avg_pred_ts", "spec_avg_pred_ts", "decode_speedup", "latency_speedup"),
-    *("accept_rate", "mean_accepted_length", "accept_per_position", "draft_share", "verify_share", "overhead_share"),
-    *("identical_share", "near_ties"),
+    *("accept_rate", "mean_accepted_length", "accept_per_position", "read_share", "draft_share", "verify_share"),
+    *("overhead_share", "identical_share", "near_ties"),
 ]
 LOOP = ["a b c a b c a b c a b c", "--raw", "-n", "60"]
 
@@ -81,6 +81,10 @@ def test_stats_tell_what_was_accepted_and_gained(generate: Callable[..., tuple[s
     assert "near ties " in err
     if told["proposed_tokens"]:
         assert f"draft {told['accepted_tokens']}/{told['proposed_tokens']} accepted (" in err
+    if told["started_after"] is None:
+        assert "drafter did not begin" in err
+    else:
+        assert f"drafter began after {told['started_after']} tokens and read {told['read_tokens']} in " in err
 
     out, err = generate("--exact", "--json", "--stats")
     told = json.loads(out)["stats"]["speculation"]
