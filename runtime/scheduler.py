@@ -19,8 +19,8 @@ from dsopt.runtime.session import PREFILL_CHUNK
 _MARGIN = 1.02  # how much better than plain decoding a draft must promise to be
 _LOSS = 0.015  # share of the time that speculation may have lost, and plain steps that it may lose on top,
 _GRANT, _FREE_GRANT = 2.0, 0.6  # fewer where drafts are free: what copies the text learns without trying
-_READER_LOSS = 0.025  # of a drafter that reads, alone; beside one that copies, which has its own share,
-_BESIDE_LOSS = 0.0125
+_READER_LOSS = 0.02  # share of the time, of a drafter that reads; the loop's own overhead is not in the account
+_BESIDE_LOSS = 0.01  # beside one that copies, which has its own share
 _ODDS = 1.5  # what a start on experience must promise for each second that it stakes
 _DOUBT = 4.0  # how much more must have been saved up to start a drafter that gained nothing before
 _WINDOWS = (512, 256, 128, 64, 32)  # tokens to begin with: a drafter goes by what stands near
@@ -207,13 +207,21 @@ class Scheduler:
             emitted, ended=ended, started=self._started, gained=self._gained, won=self._gained - self._paid
         )
 
-    def _worth_staking(self, depth: int, left: int, unread: int, seconds: float = 0.0) -> float:
-        """Seconds to stake on reading at once: that, a first attempt, and `seconds`. 0 where experience does not
-        promise more within `left` tokens, or less was won so far."""
+    def _worth_staking(self, depth: int, room: int, unread: int, seconds: float = 0.0) -> float:
+        """Seconds to stake on reading at once: that, two attempts, and `seconds`. 0 where experience does not promise
+        more within `room` tokens, or less was won so far."""
         assert self.reader is not None
         step, experience = self._seconds(0, depth), self.reader.experience
-        whole = seconds + self._cost.of_reading(min(unread, _WINDOWS[0])) + _GRANT * step
-        return whole if min(experience.won, experience.promise(left) / _ODDS) * step >= whole else 0.0
+        most = min(experience.won, experience.promise(room) / _ODDS) * step
+        if room < 1 or most <= seconds:
+            return 0.0
+        whole = seconds + self._cost.of_reading(min(unread, _WINDOWS[0])) + 2 * self._risk(depth, room)
+        return whole if most >= whole else 0.0
+
+    def _risk(self, depth: int, room: int) -> float:
+        """Seconds lost where a draft of the length that is best is all wrong."""
+        rates, risks = self._prospects(depth, min(room, MOST))
+        return float(risks[np.argmax(rates)])
 
     def _window(self, depth: int, room: int, unread: int) -> int:
         """How many of the unread tokens to read, the latest, to begin with; 0 to wait. As many as the account bears,
@@ -224,8 +232,7 @@ class Scheduler:
         least = min(unread, _WINDOWS[-1])
         if self._cost.of_reading(least) > borne:
             return 0  # as nearly always, and so asked first
-        rates, risks = self._prospects(depth, min(room, MOST))
-        borne -= risks[np.argmax(rates)]
+        borne -= self._risk(depth, room)
         sizes = (min(unread, window) for window in _WINDOWS)
         return next((size for size in sizes if self._cost.of_reading(size) <= borne), 0)
 

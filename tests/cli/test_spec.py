@@ -125,6 +125,15 @@ def test_a_row_for_each_category_and_one_for_all(bench: Callable[..., str], prom
         assert rows[2][key] == rows[0][key] + rows[1][key]
 
 
+def test_rows_tell_what_a_drafter_read(bench: Callable[..., str], tiny_artifact: Path, prompts: Path) -> None:
+    rows = json.loads(bench("--spec", tiny_artifact, "--prompts", prompts, "-n", 60, "-o", "json"))
+    for row in rows:
+        assert sum(row[f"{what}_share"] for what in ("read", "draft", "verify", "overhead")) == pytest.approx(1)
+        assert (row["started_after"] is None) == (row["started_answers"] == 0)
+        assert (row["read_tokens"] > 0) == (row["read_share"] > 0)
+        assert row["identical_share"] == 1
+
+
 def test_exact_mode_is_compared_with_its_own_reference(bench: Callable[..., str], prompts: Path) -> None:
     rows = json.loads(bench("--spec", "ngram", "--prompts", prompts, "-n", 30, "-o", "json", "--exact"))
     assert all(row["exact"] and row["identical_share"] == 1 and row["exact_avg_pred_ts"] > 0 for row in rows)

@@ -14,7 +14,7 @@ from toy import Forced
 
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.drafters import Draft
-from dsopt.runtime.drafters.choice import open_drafter
+from dsopt.runtime.drafters.choice import open_drafter, open_speculation
 from dsopt.runtime.drafters.cost import draft_cost
 from dsopt.runtime.drafters.deepspec import open_deepspec
 from dsopt.runtime.drafters.graph import CachedGraph
@@ -291,6 +291,33 @@ def test_text_with_a_drafter_is_the_text_without(name: str, compile_pair: Callab
     fresh.accept(helped.text[: helped.seen], hidden.hidden)
     anchor = helped.text[helped.seen]
     assert fresh.draft(anchor, 4).tokens == helped.drafter.draft(anchor, 4).tokens
+
+
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_costs_are_measured_and_what_they_allow_changes_no_token(name: str, compile_pair: Callable[..., Any]) -> None:
+    pair = compile_pair(name)
+    model = Model(open_artifact(pair.artifact), threads=1)
+    model.end, prompt = frozenset(), TOKENS[:30]
+    plain = [piece.step.token for piece in model.stream(prompt, limit=100)]
+    for kind in (str(next(pair.artifact.glob("draft-*"))), "auto"):
+        speculation = open_speculation(model, kind)
+        assert speculation is not None
+        reader = speculation.scheduler.reader
+        assert reader is not None
+        assert reader.beside == (kind == "auto")
+        assert reader.curve.pieces == (16, 64)
+        assert reader.curve.counts == (1, 4, 8)
+        reader.experience.won, reader.experience.started, reader.experience.gained = 1e9, 100.0, 1e9
+        state = model.new_state()
+        stream = model.stream(prompt, limit=100, state=state, speculation=speculation)
+        assert [piece.step.token for piece in stream] == plain
+        assert stream.result.speculation.tally.read_tokens >= len(prompt) - 1  # type: ignore[union-attr]
+
+        reader.experience.won = 0.0  # not worth to compute the prompt again: it is left out
+        again = model.stream([*prompt, *plain, 7, 8, 9], limit=20, state=state, speculation=speculation)
+        assert len(list(again)) == 20
+        assert again.result.cached_tokens >= len(prompt) + len(plain) - 1
+        assert again.result.speculation.tally.starts == 0  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["vanilla", "eagle3"])
