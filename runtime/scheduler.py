@@ -111,7 +111,7 @@ class Scheduler:
 
     def read(self, depth: int, room: int, unread: int) -> tuple[int, int]:
         """What the drafter is to do now, beside a plain step, about the `unread` tokens: leave out so many, the first
-        ones, for good; and read so many behind them. `room`: tokens that may be drafted.
+        ones, for good; and read so many behind them. `room`: tokens that the answer may have beyond the next.
 
         Reading begins when the account bears all of it and a draft. Waiting alone would not bring it there where a
         token costs more to read than a step adds to the account; then the latest tokens must do.

@@ -158,10 +158,10 @@ class _Loop:
     def _draft(self, anchor: int, left: int) -> tuple[Draft, int, float]:
         """What is to be verified, how many tokens the drafter was asked for, and the seconds it took."""
         room = min(left - 1, self._cache.limit - self._cache.length - 1)
-        if self._widths:
-            room = min(room, self._widths[-1] - 1)
         if self._reader is not None:
             self._read(self._reader, room)
+        if self._widths:
+            room = min(room, self._widths[-1] - 1)
         asked, copied = self._ask(room)
         if not asked and not copied:
             self._tally.paused_rounds += self._drafter is not None and room > 0
@@ -192,12 +192,12 @@ class _Loop:
         self._scheduler.observe_reading(depth, count, seconds)
 
     def _ask(self, room: int) -> tuple[int, int]:
-        """How many tokens to ask the drafter for, and how many the part of it that copies, where it has two."""
+        """How many tokens to ask the drafter for, and how many the part of it that copies, beside one that reads."""
         if self._drafter is None:
             return 0, 0
         asked = self._scheduler.ask(self._cache.length, room)
-        both = self._copier is not None and self._reader is not None
-        return asked, self._scheduler.ask_free(self._cache.length, room) if both else 0
+        beside = self._copier is not None and (self._reader is not None or self._scheduler.reader is not None)
+        return asked, self._scheduler.ask_free(self._cache.length, room) if beside else 0
 
     def _propose(self, anchor: int, asked: int, copied: int) -> tuple[Draft, int]:
         """A draft, and how many tokens it was asked for: a copy where that is sure, or no other drafter is asked."""

@@ -11,7 +11,8 @@ from dsopt.runtime.session import Session
 
 _VERSION = 1
 _WINDOW = 2000.0  # tokens that weigh; what came before them fades
-_ENOUGH = 64.0  # tokens that say something
+_ENOUGH = 500.0  # tokens, of a few answers, that promise something for others
+_TRIED = 64.0  # tokens that a disappointment takes
 _MOST_WON = 500.0  # plain steps
 
 
@@ -45,7 +46,7 @@ class Experience:
     @property
     def disappoints(self) -> bool:
         """It was tried, and gained nothing."""
-        return self.started >= _ENOUGH and self.gained <= 0
+        return self.started >= _TRIED and self.gained <= 0
 
     def note(self, answered: int, *, ended: bool, started: float, gained: float, won: float) -> None:
         """One more answer. `won`: what it won or lost in all. Kept in the file, where there is one."""

@@ -307,7 +307,7 @@ def test_costs_are_measured_and_what_they_allow_changes_no_token(name: str, comp
         assert reader.beside == (kind == "auto")
         assert reader.curve.pieces == (16, 64)
         assert reader.curve.counts == (1, 4, 8)
-        reader.experience.won, reader.experience.started, reader.experience.gained = 1e9, 100.0, 1e9
+        reader.experience.won, reader.experience.started, reader.experience.gained = 1e9, 1000.0, 1e9
         state = model.new_state()
         stream = model.stream(prompt, limit=100, state=state, speculation=speculation)
         assert [piece.step.token for piece in stream] == plain

@@ -119,10 +119,16 @@ def text(prompt: int, limit: int = 2000) -> list[int]:
 
 
 def answer(
-    clock: SimpleNamespace, drafter: Drafter, scheduler: Scheduler, prompt: int, limit: int, cached: int = 0
+    clock: SimpleNamespace,
+    drafter: Drafter,
+    scheduler: Scheduler,
+    prompt: int,
+    limit: int,
+    cached: int = 0,
+    widths: tuple[int, ...] = (),
 ) -> tuple[list[float], Tally]:
     """Seconds since the first token at each further one; the tokens are those of plain decoding."""
-    binding, speculation = Timed(clock, drafter.taps), Speculation(drafter, scheduler)
+    binding, speculation = Timed(clock, drafter.taps), Speculation(drafter, scheduler, widths)
     whole, times = text(prompt), list[float]()
     if cached:
         binding.run(np.array(whole[:cached]))
@@ -179,7 +185,7 @@ def test_reading_that_is_dearer_than_measured_costs_one_piece_more(clock: Simple
 
 def test_a_good_drafter_of_a_long_answer_loses_little_by_beginning_late(clock: SimpleNamespace) -> None:
     for prompt in (40, 300):
-        at_once = Experience(won=1e6, started=100, gained=50)
+        at_once = Experience(won=1e6, started=1000, gained=500)
         first, tally = answer(clock, Slow(clock, text(prompt), 0.85), scheduler(at_once), prompt, 2000)
         assert tally.start_tokens <= 1 + prompt // 128
         assert first[-1] < 0.7 * STEP * 2000
@@ -208,6 +214,20 @@ def test_experience_begins_at_once_where_it_promises_enough(clock: SimpleNamespa
     assert experience.won > 100
 
 
+def test_padded_runs_change_no_decision_to_begin(clock: SimpleNamespace) -> None:
+    """Exact mode: what an answer may have is more than what a run may."""
+    widths = (2, 4)
+    padded_step = RUNS[1]
+    for experience, started in ((Experience(won=100, started=1000, gained=200), 1), (Experience(), 0)):
+        schedule = Scheduler(target(), widths, Reader(MEASURED, experience))
+        times, tally = answer(clock, Slow(clock, text(150), 0.85), schedule, 150, 60, widths=widths)
+        assert tally.starts == started
+    never = Scheduler(target(), widths, Reader(MEASURED, Experience()))
+    times, tally = answer(clock, Slow(clock, text(150), 0.0), never, 150, 1000, widths=widths)
+    assert tally.starts == 1
+    assert slower(times) <= 1.03 * padded_step / STEP
+
+
 def test_experience_with_a_bad_drafter_begins_later_still(clock: SimpleNamespace) -> None:
     experience, begun = Experience(), []
     for _ in range(2):
@@ -221,8 +241,8 @@ def test_experience_with_a_bad_drafter_begins_later_still(clock: SimpleNamespace
 def test_what_is_staked_was_won_before(clock: SimpleNamespace) -> None:
     """A drafter that was good once, and never again: all answers together."""
     experience = Experience()
-    first, _ = answer(clock, Slow(clock, text(40), 0.85), scheduler(experience), 40, 600)
-    spent, plain, worst = first[-1], 599 * STEP, 0.0
+    first, _ = answer(clock, Slow(clock, text(40), 0.85), scheduler(experience), 40, 900)
+    spent, plain, worst = first[-1], 899 * STEP, 0.0
     for _ in range(60):
         times, _ = answer(clock, Slow(clock, text(40), 0.0), scheduler(experience), 40, 64)
         spent, plain, worst = spent + times[-1], plain + 63 * STEP, max(worst, slower(times))
@@ -232,7 +252,7 @@ def test_what_is_staked_was_won_before(clock: SimpleNamespace) -> None:
 
 
 def test_answers_that_tend_to_be_short_promise_little() -> None:
-    experience = Experience(started=100, gained=50)
+    experience = Experience(started=1000, gained=500)
     assert experience.promise(10) == 5
     assert experience.promise(1000) == 500
     experience.note(30, ended=True, started=0, gained=0, won=0)
@@ -240,6 +260,7 @@ def test_answers_that_tend_to_be_short_promise_little() -> None:
     assert experience.promise(1000) == pytest.approx(0.5 * 20, rel=0.01)
     assert experience.promise(5) == pytest.approx(2.2, rel=0.01)  # half of 20 (1 - exp(-5/20))
     assert not experience.disappoints
+    assert Experience(started=400, gained=200).promise(1000) == 0  # one answer says little of the next
 
 
 def test_one_that_copies_goes_on_while_the_other_has_not_begun(clock: SimpleNamespace) -> None:
@@ -275,7 +296,11 @@ def test_a_cached_prompt_is_computed_again_for_taps_only_where_that_pays(clock: 
     assert (tally.reread_tokens, tally.starts) == (0, 0)
     assert slower(times) == pytest.approx(1)
     assert clock.now < target().seconds(280, 0) + 1010 * STEP + target().seconds(20, 0)
-    rich = Experience(won=1e6, started=100, gained=50)
+    chain = ChainDrafter([NgramDrafter(), Slow(clock, text(300), 0.85, TAPS)])
+    _, tally = answer(clock, chain, scheduler(beside=True), 300, 1000, cached=280)
+    assert (tally.reread_tokens, tally.starts) == (0, 0)
+    assert tally.proposed > 0  # the other one goes on
+    rich = Experience(won=1e6, started=1000, gained=500)
     times, tally = answer(clock, Slow(clock, text(300), 0.85, TAPS), scheduler(rich), 300, 1000, cached=280)
     assert (tally.reread_tokens, tally.starts) == (280, 1)
     _, tally = answer(clock, Slow(clock, text(300), 0.85, TAPS), scheduler(rich), 300, 60, cached=280)
@@ -283,7 +308,7 @@ def test_a_cached_prompt_is_computed_again_for_taps_only_where_that_pays(clock: 
 
 
 def test_interrupting_between_pieces_leaves_what_can_be_gone_on_from(clock: SimpleNamespace) -> None:
-    rich = scheduler(Experience(won=1e6, started=100, gained=50))
+    rich = scheduler(Experience(won=1e6, started=1000, gained=500))
     drafter, binding = Slow(clock, text(1000), 0.85), Timed(clock)
     choose = Sampler(Sampling(repeat_penalty=1.3))
     speculation = Speculation(drafter, rich)
