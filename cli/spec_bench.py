@@ -28,6 +28,7 @@ _MARKDOWN = {  # of a record: the title in the table
     "accept_rate": "accept",
     "mean_accepted_length": "length",
     "accept_per_position": "by position",
+    "read_share": "read",
     "draft_share": "draft",
     "verify_share": "verify",
     "overhead_share": "overhead",
@@ -142,9 +143,10 @@ def _told(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
 def _reason(record: dict[str, Any]) -> str:
     rate = record["accept_rate"]
     accepted = "no token was verified" if rate is None else f"{100 * rate:.0f} % of the tokens verified were accepted"
+    took = f"drafting took {100 * (record['draft_share'] or 0):.0f} % of the time"
+    took += f" and reading {100 * record['read_share']:.0f} %" if record["read_share"] else ""
     return (
-        f"{record['decode_speedup']:.2f} x plain decoding; {accepted}, drafting took "
-        f"{100 * (record['draft_share'] or 0):.0f} % of the time, and it was left alone in "
+        f"{record['decode_speedup']:.2f} x plain decoding; {accepted}, {took}, and it was left alone in "
         f"{record['paused_rounds']} of {record['rounds']} rounds"
     )
 
@@ -207,6 +209,9 @@ def _record(comparison: "Comparison", speculation: "Speculation") -> dict[str, A
         "diverged_margins": [round(margin, 4) for margin in comparison.margins],
         "rounds": tally.rounds,
         "paused_rounds": tally.paused_rounds,
+        "started_answers": tally.starts,
+        "started_after": tally.start_tokens / tally.starts if tally.starts else None,
+        "read_tokens": tally.read_tokens,
         "proposed_tokens": tally.proposed,
         "accepted_tokens": tally.accepted,
         "base_tokens": sum(len(answer.tokens) for answer in comparison.plain),
@@ -218,6 +223,7 @@ def _record(comparison: "Comparison", speculation: "Speculation") -> dict[str, A
 
 def _times(tally: Any) -> dict[str, float]:
     return {
+        "read_share": tally.read_seconds,
         "draft_share": tally.draft_seconds,
         "verify_share": tally.verify_seconds,
         "overhead_share": tally.overhead_seconds,

@@ -141,12 +141,16 @@ def speculation_record(speculation: "Speculation") -> dict[str, Any]:
         "exact_cost": round(speculation.exact_cost, 4) if speculation.widths else None,
         "rounds": tally.rounds,
         "paused_rounds": tally.paused_rounds,
+        "reads": speculation.scheduler.reader is not None,
+        "read_tokens": tally.read_tokens,
+        "started_after": tally.start_tokens if tally.starts else None,
         "proposed_tokens": tally.proposed,
         "accepted_tokens": tally.accepted,
         "accept_rate": _rounded(tally.accept_rate),
         "mean_accepted_length": _rounded(tally.mean_accepted_length),
         "accept_per_position": [round(share, 4) for share in tally.accept_per_position],
         "near_ties": tally.near_ties,
+        "read_seconds": round(tally.read_seconds, 6),
         "draft_seconds": round(tally.draft_seconds, 6),
         "verify_seconds": round(tally.verify_seconds, 6),
         "overhead_seconds": round(tally.overhead_seconds, 6),
@@ -187,10 +191,14 @@ def _speculated(spec: Mapping[str, Any] | None) -> list[str]:
         )
     elif spec["draft"] != "none":
         parts.append("draft 0/0 accepted")
+    if spec["reads"]:
+        parts.append(_reading(spec))
     if spec["paused_rounds"]:
-        parts.append(f"paused in {spec['paused_rounds']} of {spec['rounds']} rounds, where drafting loses")
-    if seconds := spec["draft_seconds"] + spec["verify_seconds"] + spec["overhead_seconds"]:
-        shares = [f"{name} {100 * spec[f'{name}_seconds'] / seconds:.0f} %" for name in ("draft", "verify", "overhead")]
+        why = "" if spec["reads"] else ", where drafting loses"
+        parts.append(f"left alone in {spec['paused_rounds']} of {spec['rounds']} rounds{why}")
+    names = ("read", "draft", "verify", "overhead")[not spec["reads"] :]
+    if seconds := sum(spec[f"{name}_seconds"] for name in names):
+        shares = [f"{name} {100 * spec[f'{name}_seconds'] / seconds:.0f} %" for name in names]
         parts.append(" ".join(shares))
         parts.append(f"gain {spec['gain']:.2f}x")
     if spec["exact"]:
@@ -198,6 +206,14 @@ def _speculated(spec: Mapping[str, Any] | None) -> list[str]:
     else:
         parts.append(f"near ties {spec['near_ties']}")
     return parts
+
+
+def _reading(spec: Mapping[str, Any]) -> str:
+    """Such as: drafter began after 31 tokens and read 64 in 0.05 s"""
+    read = f"{spec['read_tokens']} in {spec['read_seconds']:.2f} s"
+    if spec["started_after"] is None:
+        return "drafter did not begin" + (f" but read {read}" if spec["read_tokens"] else "")
+    return f"drafter began after {spec['started_after']} tokens and read {read}"
 
 
 def _measured(what: str, stats: Mapping[str, Any]) -> str:

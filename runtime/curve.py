@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,7 +74,7 @@ def verify_curve(session: Session, measuring: Callable[[], None] = lambda: None,
 
     `measuring` is called before it is measured; `fresh` measures it anew.
     """
-    path = _path(session)
+    path = cache_path("curves", session, _VERSION)
     known = None if fresh else _read(path)
     if known is not None:
         return known
@@ -89,10 +90,15 @@ def verify_curve(session: Session, measuring: Callable[[], None] = lambda: None,
 def _read(path: Path) -> VerifyCurve | None:
     """None where it was never measured, or the entry is damaged."""
     try:
-        raw = json.loads(path.read_bytes())
-        return VerifyCurve(**{name: tuple(v) if isinstance(v, list) else int(v) for name, v in raw.items()})  # type: ignore[arg-type]
+        return VerifyCurve(**read_tuples(path))
     except (OSError, ValueError, TypeError, AttributeError):
         return None
+
+
+def read_tuples(path: Path) -> dict[str, Any]:
+    """A JSON object with its lists as tuples, other values as integers. Raises what reading damaged JSON raises."""
+    raw = json.loads(path.read_bytes())
+    return {name: tuple(v) if isinstance(v, list) else int(v) for name, v in raw.items()}
 
 
 def measure_curve(session: Session, budget: float = _BUDGET) -> VerifyCurve:
@@ -161,10 +167,11 @@ def _line(width: int, widths: tuple[int, ...], seconds: tuple[float, ...]) -> fl
     return seconds[-1] + max(slope, 0.0) * (width - widths[-1])
 
 
-def _path(session: Session) -> Path:
+def cache_path(folder: str, session: Session, *what: object) -> Path:
+    """Where `what` was measured of the model of `session` is kept: for this machine, device and number of threads."""
     files = session.artifact.manifest.files
     parts = [
-        _VERSION,
+        *what,
         *(files[name]["sha256"] for name in (GRAPH, WEIGHTS)),
         cpu_name(),
         session.device,
@@ -172,4 +179,4 @@ def _path(session: Session) -> Path:
         session.threads,
         ort_version(),
     ]
-    return cache_dir() / "curves" / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"
+    return cache_dir() / folder / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:32]}.json"

@@ -185,8 +185,6 @@ class Stream:
         self._bounded_by_context = limit is None or room < limit
         self._prompt_tokens, self._cached = len(prompt), state.become(prompt)
         self._speculation = speculation and replace(speculation, tally=Tally())
-        if speculation and speculation.drafter and speculation.drafter.taps:
-            self._cached = 0  # a drafter that reads hidden states must see them all
         state.sampling = sampler.state()
         self._answered = 0
         self._prompt_seconds = self._answer_seconds = 0.0
@@ -213,7 +211,7 @@ class Stream:
             stop=self._detokenizer.stopped,
             context_full=reason == "length" and self._bounded_by_context,
             prompt_tokens=self._prompt_tokens,
-            cached_tokens=self._cached,
+            cached_tokens=self._cached - (self._speculation.tally.reread_tokens if self._speculation else 0),
             answer_tokens=self._answered,
             prompt_seconds=self._prompt_seconds,
             answer_seconds=self._answer_seconds,

@@ -7,19 +7,29 @@ time(width)), Algorithm 1 of DSpark (arXiv:2607.05147) for one request, with the
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from dsopt.runtime.costs import MOST, RATE, DraftCost, Pace
 from dsopt.runtime.curve import VerifyCurve
 from dsopt.runtime.drafters import Draft
+from dsopt.runtime.drafters.curve import DraftCurve
+from dsopt.runtime.drafters.experience import Experience
+from dsopt.runtime.session import PREFILL_CHUNK
 
-MOST = 31  # tokens of a draft: the verify curve ends at 32 rows
 _MARGIN = 1.02  # how much better than plain decoding a draft must promise to be
 _LOSS = 0.015  # share of the time that speculation may have lost, and plain steps that it may lose on top,
 _GRANT, _FREE_GRANT = 2.0, 0.6  # fewer where drafts are free: what copies the text learns without trying
+_READER_LOSS = 0.02  # share of the time, of a drafter that reads; the loop's own overhead is not in the account
+_BESIDE_LOSS = 0.01  # beside one that copies, which has its own share
+_ODDS = 1.5  # what a start on experience must promise for each second that it stakes
+_DOUBT = 4.0  # how much more must have been saved up to start a drafter that gained nothing before
+_WINDOWS = (512, 256, 128, 64, 32)  # tokens to begin with: a drafter goes by what stands near
+_MOST_GAIN = 0.5  # of the steps that are left a drafter hardly saves more
 _WON = 6.0  # plain steps won that may be lost again before anyone looks
-_RATE = 0.1  # weight of the newest observation in a running mean
 _SURVIVAL = 0.75  # of a draft's tokens, each given those before it, until counted
 _FIRST = 4  # tokens asked for until the cost of drafts is known
 _FREE = 0.01  # drafts that cost less than this share of a step are asked for as long as they go
+_NEAR = 8  # unread tokens that a draft reads itself: what a round accepts, as its cost was measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,18 @@ class Round:
     verifying: float
 
 
+@dataclass(frozen=True)
+class Reader:
+    """What is known beforehand of a drafter that must read the sequence: its costs, and what it was worth so far.
+
+    beside: it drafts where one that copies the text is not sure.
+    """
+
+    curve: DraftCurve
+    experience: Experience
+    beside: bool = False
+
+
 def padded(widths: tuple[int, ...], rows: int) -> int:
     """The rows of a run in which `rows` are needed: the next of `widths`, rising, () for any number."""
     return next((width for width in widths if width >= rows), rows)
@@ -44,45 +66,98 @@ def padded(widths: tuple[int, ...], rows: int) -> int:
 class Scheduler:
     """Decides by the curve, by the drafter's survival estimates and by what rounds really cost and gave.
 
-    `widths`: what runs are padded to (exact mode). What speculation loses against plain
-    decoding is kept in an account: while that is more than a small share of the time so far, nothing is drafted. Time
-    passes, and so the next attempt comes by itself, at a cost that is bounded for good.
+    `widths`: what runs are padded to (exact mode). What speculation loses against plain decoding is kept in an account:
+    while that is more than a small share of the time so far, nothing is drafted. Time passes, and so the next attempt
+    comes by itself, at a cost that is bounded for good.
+
+    `reader`: of a drafter that must read before it can draft, None for one that need not. Its reading is paid from the
+    same account, and nothing is read or drafted that the account could not bear if all of it were in vain. So it begins
+    late, when plain decoding has gone on for so long that the attempt is a small share of it; or at once, where
+    experience promises more than is staked and as much was won before.
     """
 
-    def __init__(self, curve: VerifyCurve, widths: tuple[int, ...] = ()) -> None:
-        self._curve, self._widths = curve, widths
+    def __init__(self, curve: VerifyCurve, widths: tuple[int, ...] = (), reader: Reader | None = None) -> None:
+        self._curve, self._widths, self.reader = curve, widths, reader
         self._lines: dict[int, tuple[float, float]] = {}  # of the curve, by width
-        self._pace = _Pace()
-        self._cost = _DraftCost()
+        self._pace = Pace()
+        self._cost = DraftCost(reader.curve if reader else None)
         self._survival = np.cumprod(np.full(MOST, _SURVIVAL))
         self.begin()
 
     def begin(self) -> None:
-        """A new sequence: the account is empty, the drafter knows nothing of it."""
-        self._lost = self._elapsed = 0.0
-        self._cost.begin()
+        """A new sequence: the accounts are empty, the drafter knows nothing of it."""
+        self._elapsed = 0.0
+        self._lost = 0.0  # seconds, by reading and by drafts that cost something
+        self._lost_free = 0.0  # by drafts that cost nothing but their verification
+        self._stake: float | None = None  # seconds that may be lost on top, once that is decided
+        self._reading, self._begun, self._unread = False, False, _NEAR + 1
+        self._started = self._gained = self._paid = 0.0  # plain steps: since it had read; won of them; for reading
 
     def plain_seconds(self, depth: int) -> float:
         """What one token of plain decoding takes, now."""
         return self._run_seconds(1, depth)
 
+    def begin_again(self, cached: int, prompt: int, left: int) -> bool:
+        """Whether to compute `cached` tokens of a prompt of `prompt` tokens anew, so that the drafter sees the layers
+        it reads. An answer may have `left` tokens."""
+        if self.reader is None:
+            return True
+        chunks, rest = divmod(cached, PREFILL_CHUNK)
+        seconds = chunks * self._run_seconds(PREFILL_CHUNK, 0) + (self._run_seconds(rest, 0) if rest else 0.0)
+        self._stake = self._worth_staking(prompt, left - 1, prompt, seconds)
+        if self._stake:
+            self._pay(seconds, cached)
+        return self._stake > 0
+
+    def read(self, depth: int, room: int, unread: int) -> tuple[int, int]:
+        """What the drafter is to do now, beside a plain step, about the `unread` tokens: leave out so many, the first
+        ones, for good; and read so many behind them. `room`: tokens that the answer may have beyond the next.
+
+        Reading begins when the account bears all of it and a draft. Waiting alone would not bring it there where a
+        token costs more to read than a step adds to the account; then the latest tokens must do.
+        """
+        self._unread, left_out = unread, 0
+        if self.reader is not None and self._stake is None:
+            self._stake = self._worth_staking(depth, room, unread)
+        if self.reader is None or unread <= _NEAR or room < 1:
+            self._reading = False
+            return 0, 0
+        if not self._reading:
+            window = self._window(depth, room, unread)
+            self._reading, left_out = window > 0, unread - window
+        chunk = min(unread - left_out, PREFILL_CHUNK)
+        if not self._reading or self._lost + self._cost.of_reading(chunk) > self._grant(depth):
+            self._reading = False  # where it has begun, it turned out dearer than was expected
+            return 0, 0
+        self._unread = unread - left_out - chunk
+        return left_out, chunk
+
+    def observe_reading(self, depth: int, count: int, seconds: float) -> None:
+        """So many tokens were read."""
+        self._cost.observe_reading(count, seconds)
+        self._pay(seconds, depth)
+
     def ask(self, depth: int, room: int) -> int:
-        """How many tokens to ask the drafter for, at most `room`; 0 leaves it alone. Looks at past rounds only."""
+        """How many tokens to ask the drafter for, at most `room`; 0 leaves it alone. Looks at past rounds only.
+
+        Of a drafter with a part that copies the text, all but that.
+        """
         room = min(room, MOST)
         step = self._seconds(0, depth)
-        if room < 1:
+        if room < 1 or (self.reader is not None and self._unread > _NEAR):
             return 0
-        if self._cost.of(room) < _FREE * step:
-            most = room if self._cost.is_known else min(room, _FIRST)
-            return most if self._lost < _FREE_GRANT * step + _LOSS * self._elapsed else 0
-        grant = _GRANT * step + _LOSS * self._elapsed
-        tokens = 1 + np.concatenate([[0], np.cumsum(self._survival[:room])])
-        seconds = np.array([self._cost.of(n) + self._seconds(n, depth) for n in range(room + 1)])
-        best = int(np.argmax(tokens[1:] / seconds[1:])) + 1
-        loss = seconds[best] - tokens[best] * step / _MARGIN
-        if loss < 0 and self._lost < grant:
-            return best
-        return best if self._lost + loss + self._cost.to_catch_up() < grant else 0
+        if self.reader is None and self._cost.of(room) < _FREE * step:
+            return self.ask_free(depth, room)
+        rates, risks = self._prospects(depth, room)
+        borne = risks <= self._grant(depth) - self._lost
+        return int(np.argmax(np.where(borne, rates, 0))) + 1 if borne.any() else 0
+
+    def ask_free(self, depth: int, room: int) -> int:
+        """As `ask`, of drafts that cost nothing."""
+        room = min(room, MOST)
+        most = room if self._cost.is_known else min(room, _FIRST)
+        borne = self._lost_free < _FREE_GRANT * self._seconds(0, depth) + _LOSS * self._elapsed
+        return most if borne else 0
 
     def cut(self, draft: Draft, depth: int, drafting: float, *, anticipate: bool) -> int:
         """How many tokens of `draft`, which took `drafting` seconds, to verify.
@@ -108,13 +183,76 @@ class Scheduler:
         expected = self._run_seconds(width, done.depth)
         self._pace.observe(width, done.verifying / expected)
         for position in range(done.verified):
-            self._survival[position] += _RATE * ((done.accepted > position) - self._survival[position])
-        drafting = self._cost.observe(done.asked, done.drafting, done.emitted)
+            self._survival[position] += RATE * ((done.accepted > position) - self._survival[position])
         step = self._seconds(0, done.depth)
+        free = done.drafting <= _FREE * step
+        if done.asked and not (free and self.reader):
+            self._cost.observe(done.asked, done.drafting)
         verifying = min(done.verifying, 2 * expected)  # a hiccup of the machine is no loss
-        self._elapsed += drafting + verifying
-        if done.asked and (done.verified or drafting > _FREE * step):
-            self._lost = max(self._lost + drafting + verifying - done.emitted * step, -_WON * step)
+        self._elapsed += done.drafting + verifying
+        won = done.emitted - (done.drafting + verifying) / step if done.asked else 0.0
+        if free and done.verified:
+            self._lost_free = max(self._lost_free - won * step, -_WON * step)
+        elif not free:
+            self._lost = max(self._lost - won * step, -_WON * step)
+            self._gained += won
+        self._begun = self._begun or self._unread <= _NEAR
+        self._started += done.emitted * self._begun
+
+    def end(self, emitted: int, *, ended: bool) -> None:
+        """The answer has so many tokens; `ended`: not because no more were wanted. Experience is noted."""
+        if self.reader is None:
+            return
+        self.reader.experience.note(
+            emitted, ended=ended, started=self._started, gained=self._gained, won=self._gained - self._paid
+        )
+
+    def _worth_staking(self, depth: int, room: int, unread: int, seconds: float = 0.0) -> float:
+        """Seconds to stake on reading at once: that, two attempts, and `seconds`. 0 where experience does not promise
+        more within `room` tokens, or less was won so far."""
+        assert self.reader is not None
+        step, experience = self._seconds(0, depth), self.reader.experience
+        most = min(experience.won, experience.promise(room) / _ODDS) * step
+        if room < 1 or most <= seconds:
+            return 0.0
+        whole = seconds + self._cost.of_reading(min(unread, _WINDOWS[0])) + 2 * self._risk(depth, room)
+        return whole if most >= whole else 0.0
+
+    def _risk(self, depth: int, room: int) -> float:
+        """Seconds lost where a draft of the length that is best is all wrong."""
+        rates, risks = self._prospects(depth, min(room, MOST))
+        return float(risks[np.argmax(rates)])
+
+    def _window(self, depth: int, room: int, unread: int) -> int:
+        """How many of the unread tokens to read, the latest, to begin with; 0 to wait. As many as the account bears,
+        and the rest of the answer could pay for."""
+        borne = min(self._grant(depth) - self._lost, _MOST_GAIN * room * self._seconds(0, depth))
+        if self.reader is not None and self.reader.experience.disappoints:
+            borne /= _DOUBT
+        least = min(unread, _WINDOWS[-1])
+        if self._cost.of_reading(least) > borne:
+            return 0  # as nearly always, and so asked first
+        borne -= self._risk(depth, room)
+        sizes = (min(unread, window) for window in _WINDOWS)
+        return next((size for size in sizes if self._cost.of_reading(size) <= borne), 0)
+
+    def _prospects(self, depth: int, room: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of rounds that draft 1 to `room` tokens: tokens a second, and seconds lost where none is accepted."""
+        seconds = self._cost.up_to(room) + [self._seconds(n, depth) for n in range(1, room + 1)]
+        tokens = 1 + np.cumsum(self._survival[:room])
+        return tokens / seconds, seconds - self._seconds(0, depth)
+
+    def _grant(self, depth: int) -> float:
+        """Seconds that may have been lost by now."""
+        if self.reader is None:
+            return _GRANT * self._seconds(0, depth) + _LOSS * self._elapsed
+        share = _BESIDE_LOSS if self.reader.beside else _READER_LOSS
+        return (self._stake or 0.0) + share * self._elapsed
+
+    def _pay(self, seconds: float, depth: int) -> None:
+        self._lost += seconds
+        self._elapsed += seconds
+        self._paid += seconds / self._seconds(0, depth)
 
     def _seconds(self, drafted: int, depth: int) -> float:
         """What a run takes that verifies so many tokens."""
@@ -125,64 +263,3 @@ class Scheduler:
             self._lines[width] = self._curve.line(width)
         shallow, slope = self._lines[width]
         return (shallow + slope * max(depth - self._curve.depth, 0)) * self._pace.of(width)
-
-
-class _Pace:
-    """How much slower than the curve runs are now: all of them, and each width against all."""
-
-    def __init__(self) -> None:
-        self._all, self._seen = 1.0, 0
-        self._widths: dict[int, float] = {}
-
-    def of(self, width: int) -> float:
-        return self._all * self._widths.get(width, 1.0)
-
-    def observe(self, width: int, ratio: float) -> None:
-        """`ratio`: what a run took against what was expected."""
-        ratio = min(max(ratio, 0.5), 2.0)  # one hiccup says little
-        self._seen += 1
-        self._all *= ratio ** max(_RATE / 2, 1 / (self._seen + 1))  # the machine may be another one than it was
-        self._widths[width] = self._widths.get(width, 1.0) * ratio ** (_RATE / 2)
-
-
-class _DraftCost:
-    """Seconds of drafting so many tokens; what the drafter must read first is counted apart."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[int, float] = {}
-        self._reading = 0.0  # a token
-        self.begin()
-
-    def begin(self) -> None:
-        self._unread, self._begun = 0, False
-
-    @property
-    def is_known(self) -> bool:
-        return bool(self._seconds)
-
-    def of(self, count: int) -> float:
-        """Estimated; in proportion to the nearest count known, 0 before the first."""
-        if count == 0 or not self._seconds:
-            return 0.0
-        nearest = min(self._seconds, key=lambda known: abs(known - count))
-        return self._seconds[nearest] * count / nearest
-
-    def to_catch_up(self) -> float:
-        """Seconds for the tokens given since the last draft, beyond what every draft reads."""
-        return self._reading * self._unread
-
-    def observe(self, asked: int, seconds: float, emitted: int) -> float:
-        """Returns the seconds without those of reading a prompt or a long pause."""
-        if not asked:
-            self._unread += emitted
-            return seconds
-        unread, self._unread, begun = self._unread, 0, self._begun
-        self._begun = True
-        if not begun:
-            return 0.0
-        known = self._seconds.get(asked)
-        if unread > MOST:
-            self._reading = max(seconds - self.of(asked), 0.0) / unread
-            return seconds
-        self._seconds[asked] = seconds if known is None else known + _RATE * (min(seconds, 2 * known) - known)
-        return seconds

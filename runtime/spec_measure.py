@@ -1,6 +1,5 @@
 """What speculation gains: real prompts with and without it in turn, and what a made-up acceptance would bring."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -9,9 +8,9 @@ import numpy as np
 from dsopt.runtime.curve import VerifyCurve
 from dsopt.runtime.decoder import prefill
 from dsopt.runtime.drafters import Drafter
+from dsopt.runtime.drafters.curve import draft_seconds
 from dsopt.runtime.drafters.deepspec import BlockDrafter
 from dsopt.runtime.drafters.eagle3 import Eagle3Drafter
-from dsopt.runtime.drafters.model import ModelDrafter
 from dsopt.runtime.model import Model, Result
 from dsopt.runtime.speculate import Speculation
 from dsopt.runtime.tally import Tally
@@ -19,7 +18,6 @@ from dsopt.runtime.tally import Tally
 OVERALL = "overall"
 _WARM_UP = 8  # tokens, not counted
 _DEPTH = 512  # tokens in the cache, of the synthetic table
-_ACCEPTED, _REPETITIONS = 4, 4  # tokens that a round keeps; drafts of each length
 
 
 @dataclass(frozen=True)
@@ -159,35 +157,3 @@ def prospects(curve: VerifyCurve, accept: float, drafter: Drafter | None, model:
         expected = sum(accept**position for position in range(width))
         rows.append(Prospect(width - 1, drafting, verifying, (drafting + verifying) / plain, expected))
     return rows
-
-
-def draft_seconds(drafter: Drafter, model: Model, counts: Sequence[int]) -> list[float]:
-    """What drafts of so many tokens take behind random ones, with what a round accepted to be read first.
-
-    The least of a few; in proportion where fewer tokens came of it.
-    """
-    if isinstance(drafter, ModelDrafter):
-        drafter.worth = 0.0  # random tokens surprise it, and it would give up
-    drafter.begin()
-    coming = len(counts) * _REPETITIONS * _ACCEPTED + max(counts) + 1
-    _show(drafter, model, max(min(_DEPTH, model.session.context - coming), 1))
-    drafter.draft(0, counts[0])  # reads all that, and allocates
-    found = []
-    for count in counts:
-        taken = []
-        for _ in range(_REPETITIONS):
-            _show(drafter, model, _ACCEPTED)
-            start = time.perf_counter()
-            drafted = len(drafter.draft(0, count).tokens)
-            taken.append((time.perf_counter() - start) * (count / drafted if drafted else 1))
-        found.append(min(taken))
-    drafter.begin()
-    return found
-
-
-def _show(drafter: Drafter, model: Model, count: int) -> None:
-    """Let the target keep so many tokens, beginning with 0, the anchor of the draft before."""
-    hidden = np.zeros((count, len(drafter.taps), model.artifact.manifest.model["hidden_size"]), np.float32)
-    ids = np.random.default_rng(count).integers(model.tokenizer.vocab_size, size=count)
-    ids[0] = 0
-    drafter.accept(ids.tolist(), hidden if drafter.taps else None)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from dsopt.runtime import session as sessions
 from dsopt.runtime.decoder import Step, advance, candidates_for, ingest, make_step
-from dsopt.runtime.drafters import Draft, Drafter
+from dsopt.runtime.drafters import Draft, Drafter, ReadingDrafter
+from dsopt.runtime.drafters.chain import is_sure, split
 from dsopt.runtime.sampling import Row, Sampler
 from dsopt.runtime.scheduler import Round, Scheduler, padded
 from dsopt.runtime.session import Binding
@@ -54,19 +55,24 @@ def speculate(
     The same tokens: at temperature 0, and with drafts that are certain at any temperature, those of `decode`, up to
     what the width of a run does to the logits; with drafts that were drawn, tokens of the same distribution. At
     every yield the cache is a prefix of what was yielded, without the last token. `cancelled` is asked between two
-    chunks of the prompt. A drafter with taps is shown the whole prompt, so that a cached prefix is computed again.
+    chunks of the prompt. A drafter with taps must be shown the whole prompt: where a prefix of it is cached, that is
+    computed again if the schedule finds it worth while, else the drafter is left out.
     """
     loop = _Loop(binding, list(prompt), speculation, sampler, end, top)
-    logits = loop.read_prompt(cancelled)
+    logits = loop.read_prompt(cancelled, limit)
     if logits is None or limit == 0:
         return
-    token = sampler(logits, loop.history)
-    loop.history.append(token)
-    yield make_step(token, logits, top)
-    left = limit - 1
-    while left and token not in end:
-        left -= yield from loop.round(left)
-        token = loop.history[-1]
+    try:
+        token = sampler(logits, loop.history)
+        loop.history.append(token)
+        yield make_step(token, logits, top)
+        left = limit - 1
+        while left and token not in end:
+            left -= yield from loop.round(left)
+            token = loop.history[-1]
+    finally:  # however it ends
+        emitted = len(loop.history) - len(prompt)
+        speculation.scheduler.end(emitted, ended=emitted < limit)
 
 
 class _Loop:
@@ -81,33 +87,45 @@ class _Loop:
         end: frozenset[int],
         top: int | None,
     ) -> None:
-        self.history = history
+        self.history, self._prompt = history, len(history)
         self._binding, self._cache, self._sampler = binding, binding.cache, sampler
         self._drafter, self._scheduler = speculation.drafter, speculation.scheduler
+        self._copier, self._reader = (None, None) if self._drafter is None else split(self._drafter)
         self._widths, self._tally = speculation.widths, speculation.tally
         self._end, self._top = end, top
         self._greedy = sampler.options.temperature == 0
         self._candidates = candidates_for(binding, sampler, top, least=2)  # the second tells a near tie
         self._mark = 0.0
 
-    def read_prompt(self, cancelled: Callable[[], bool]) -> Row | None:
+    def read_prompt(self, cancelled: Callable[[], bool], limit: int) -> Row | None:
         """Bring cache and drafter to the prompt's end; its logits, None when cancelled."""
-        cache, drafter, prompt = self._cache, self._drafter, self.history
+        cache, prompt = self._cache, self.history
         cache.trim(min(cache.length, len(prompt) - 1))
-        if drafter is not None:
-            drafter.begin()
-            self._scheduler.begin()
-            if drafter.taps:
-                cache.trim(0)
-            elif cache.length:
-                drafter.accept(prompt[: cache.length], None)
+        self._begin(limit)
         cache.reserve(len(prompt))
         logits, chunk = None, getattr(self._binding, "chunk", None) or sessions.PREFILL_CHUNK
         while cache.length < len(prompt) and not cancelled():
             tokens = prompt[cache.length :][:chunk]
             rows = int(cache.length + len(tokens) == len(prompt))
-            logits = ingest(self._binding, tokens, drafter, rows, self._candidates)
+            logits = ingest(self._binding, tokens, self._drafter, rows, self._candidates)
         return logits[-1] if logits is not None and cache.length == len(prompt) else None
+
+    def _begin(self, limit: int) -> None:
+        """Tell the drafter of what is cached, if it can do with that."""
+        cached, prompt = self._cache.length, self.history
+        if self._drafter is None:
+            return
+        self._scheduler.begin()
+        if cached and self._drafter.taps:
+            if self._scheduler.begin_again(cached, len(prompt), limit):
+                self._cache.trim(0)
+                self._tally.reread_tokens = cached
+            else:
+                self._drafter, self._reader = self._copier, None
+        if self._drafter is not None:
+            self._drafter.begin()
+            if self._cache.length:
+                self._drafter.accept(prompt[:cached], None)
 
     def round(self, left: int) -> Generator[Step, None, int]:
         """Draft, verify, and yield what comes of it, at most `left` tokens; returns how many."""
@@ -140,14 +158,16 @@ class _Loop:
     def _draft(self, anchor: int, left: int) -> tuple[Draft, int, float]:
         """What is to be verified, how many tokens the drafter was asked for, and the seconds it took."""
         room = min(left - 1, self._cache.limit - self._cache.length - 1)
+        if self._reader is not None:
+            self._read(self._reader, room)
         if self._widths:
             room = min(room, self._widths[-1] - 1)
-        asked = self._scheduler.ask(self._cache.length, room) if self._drafter is not None else 0
-        if self._drafter is None or asked == 0:
+        asked, copied = self._ask(room)
+        if not asked and not copied:
             self._tally.paused_rounds += self._drafter is not None and room > 0
             return Draft(), 0, 0.0
         self._tally.overhead_seconds += self._lap()
-        draft = self._drafter.draft(anchor, asked)
+        draft, asked = self._propose(anchor, asked, copied)
         seconds = self._lap()
         self._tally.draft_seconds += seconds
         draft = _first(draft, min(asked, _until_end(draft.tokens, self._end)))
@@ -155,6 +175,41 @@ class _Loop:
         anticipate = self._greedy or draft.distributions is None
         count = self._scheduler.cut(draft, self._cache.length, seconds, anticipate=anticipate)
         return _first(draft, count), asked, seconds
+
+    def _read(self, reader: ReadingDrafter, room: int) -> None:
+        """Let the drafter read as much as the schedule allows now."""
+        depth = self._cache.length
+        left_out, count = self._scheduler.read(depth, room, reader.unread)
+        if count == 0:
+            return
+        self._tally.overhead_seconds += self._lap()
+        if left_out:
+            reader.leave_out(left_out)
+        reader.read(count)
+        seconds = self._lap()
+        self._tally.read_seconds += seconds
+        self._tally.read_tokens += count
+        self._scheduler.observe_reading(depth, count, seconds)
+
+    def _ask(self, room: int) -> tuple[int, int]:
+        """How many tokens to ask the drafter for, and how many the part of it that copies, beside one that reads."""
+        if self._drafter is None:
+            return 0, 0
+        asked = self._scheduler.ask(self._cache.length, room)
+        beside = self._copier is not None and (self._reader is not None or self._scheduler.reader is not None)
+        return asked, self._scheduler.ask_free(self._cache.length, room) if beside else 0
+
+    def _propose(self, anchor: int, asked: int, copied: int) -> tuple[Draft, int]:
+        """A draft, and how many tokens it was asked for: a copy where that is sure, or no other drafter is asked."""
+        draft = self._copier.draft(anchor, copied) if self._copier is not None and copied else Draft()
+        if not asked or is_sure(draft):
+            return draft, copied
+        drafter = self._reader or self._drafter
+        assert drafter is not None  # it was asked
+        made = drafter.draft(anchor, asked)
+        if self._reader is not None and not self._tally.starts:
+            self._tally.starts, self._tally.start_tokens = 1, len(self.history) - self._prompt
+        return made if made.tokens or not draft.tokens else draft, asked
 
     def _run(self, ids: list[int]) -> tuple[Sequence[Row], int]:
         """Logits after each of `ids`, and in which row they begin. Only the anchor is valid in the cache then.

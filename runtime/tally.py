@@ -13,13 +13,18 @@ class Tally:
 
     rounds: int = 0
     drafted_rounds: int = 0  # that verified at least one token
-    paused_rounds: int = 0  # in which the schedule left the drafter alone, because it loses
+    paused_rounds: int = 0  # in which the schedule left the drafter alone: it loses, or could not begin yet
     emitted: int = 0  # tokens of all rounds
     proposed: int = 0  # tokens verified
     accepted: int = 0
     near_ties: int = 0  # greedy tokens whose lead was so small that another width could have chosen differently
     reached: list[int] = field(default_factory=list)
     passed: list[int] = field(default_factory=list)
+    starts: int = 0  # answers in which a drafter that must read has drafted
+    start_tokens: int = 0  # of these answers, given before the first of its drafts
+    read_tokens: int = 0  # by the drafter, before it could draft; what a round accepted belongs to the next draft
+    reread_tokens: int = 0  # of a cached prompt, computed again for a drafter that reads layers
+    read_seconds: float = 0.0
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0  # in the model's runs
     overhead_seconds: float = 0.0  # choosing tokens, scheduling, everything else between two tokens
@@ -52,7 +57,7 @@ class Tally:
 
     @property
     def seconds(self) -> float:
-        return self.draft_seconds + self.verify_seconds + self.overhead_seconds
+        return self.read_seconds + self.draft_seconds + self.verify_seconds + self.overhead_seconds
 
     @property
     def accept_rate(self) -> float | None:

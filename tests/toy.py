@@ -34,7 +34,8 @@ class ToyBinding:
         if self.taps:
             self.hidden = np.array([[hidden(t, p)] * len(self.taps) for p, t in enumerate(self.written)])[length:]
         padded = [0, *self.written]
-        return np.array([self.table[padded[p], padded[p + 1]] for p in range(len(self.written))][-rows:])
+        first = max(len(self.written) - rows, 0)
+        return np.array([self.table[padded[p], padded[p + 1]] for p in range(first, len(self.written))])
 
 
 def hidden(token: int, position: int) -> list[int]:

@@ -48,6 +48,24 @@ class Drafter(Protocol):
 
 
 @runtime_checkable
+class ReadingDrafter(Drafter, Protocol):
+    """One that must read the sequence before it can draft, which takes time: when it does is the scheduler's choice.
+
+    `accept` only remembers; `draft` reads what is still unread.
+    """
+
+    @property
+    def unread(self) -> int:
+        """Tokens that it was given and has not read; 0 where it cannot draft for this sequence any more."""
+
+    def read(self, count: int) -> None:
+        """Read at most so many of them."""
+
+    def leave_out(self, count: int) -> None:
+        """The first `count` of them will never be read, nor need be what was read before them."""
+
+
+@runtime_checkable
 class ConfidentDrafter(Drafter, Protocol):
     """One whose survival comes from how sure it is, a number that calibration puts right."""
 

@@ -14,7 +14,7 @@ from dsopt.runtime.drafters.manifest import DraftManifest
 from dsopt.runtime.sampling import Sampling
 
 Floats = NDArray[np.float32]
-_GATHER = 256  # rows that may wait to be read
+_PIECE = 256  # rows that are read at once
 
 
 class Eagle3Drafter:
@@ -53,15 +53,28 @@ class Eagle3Drafter:
         self._tokens += tokens
         self._confidence.accept(tokens)
         self._unread.append(np.array(hidden).reshape(len(hidden), -1))
-        if len(self._tokens) > _GATHER and self._fits(0):
-            self._read(self._tokens[1:])
+
+    @property
+    def unread(self) -> int:
+        """The last row waits for the token behind it."""
+        return max(len(self._tokens) - 1, 0) if self._fits(0) else 0
+
+    def read(self, count: int) -> None:
+        self._read(self._tokens[1 : min(count, self.unread) + 1])
+
+    def leave_out(self, count: int) -> None:
+        """What is read later takes the positions behind what was read: only distances count."""
+        fused = min(count, len(self._waiting))
+        self._waiting, self._tokens = self._waiting[fused:], self._tokens[count:]
+        if fused < count:
+            self._unread = [np.concatenate(self._unread)[count - fused :]]
 
     def draft(self, anchor: int, limit: int) -> Draft:
         steps = min(limit, self._steps)
         if steps < 1 or not self._tokens or not self._fits(steps):
             return Draft()
         self._confidence.start(anchor)
-        self._read([*self._tokens[1:], anchor])
+        self._read([*self._tokens[1:], anchor], kept=1)
         processed = self._cache.length - 1
         tokens, survival, candidates, logits = [], [], [], []
         for step in range(steps):
@@ -79,17 +92,26 @@ class Eagle3Drafter:
     def _fits(self, more: int) -> bool:
         return self._cache.length + len(self._tokens) + more <= self._cache.limit
 
-    def _read(self, following: Sequence[int]) -> None:
-        """Take as many of the waiting rows into the cache as tokens behind them are known. The last one goes on
-        waiting."""
-        if self._unread:
-            fused = self._context.run({"hidden": np.concatenate(self._unread)[None]})[0][0]
-            self._waiting = np.concatenate([self._waiting, fused])
-            self._unread.clear()
-        for first in range(0, len(following), _GATHER):
-            ids = following[first : first + _GATHER]
+    def _read(self, following: Sequence[int], kept: int = 0) -> None:
+        """Take the first of the waiting rows into the cache, as many as tokens behind them are given. The last `kept`
+        of them go on waiting."""
+        self._fuse(len(following))
+        for first in range(0, len(following), _PIECE):
+            ids = following[first : first + _PIECE]
             self._run(self._waiting[first : first + len(ids)], ids)
-        self._waiting, self._tokens = self._waiting[-1:], self._tokens[-1:]
+        done = len(following) - kept
+        self._waiting, self._tokens = self._waiting[done:], self._tokens[done:]
+
+    def _fuse(self, count: int) -> None:
+        """Make of hidden states what the layer reads, for the first `count` rows that wait, or a few more."""
+        taken, missing = 0, count - len(self._waiting)
+        while missing > 0:
+            missing -= len(self._unread[taken])
+            taken += 1
+        if taken:
+            fused = self._context.run({"hidden": np.concatenate(self._unread[:taken])[None]})[0][0]
+            self._waiting = np.concatenate([self._waiting, fused])
+            del self._unread[:taken]
 
     def _run(self, context: Floats, following: Sequence[int]) -> None:
         self._step.run({"context": context[None], "input_ids": np.array([following], np.int64)}, len(following))

@@ -6,15 +6,16 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from dsopt.runtime.decoder import prefill
+from dsopt.runtime.decoder import ingest, prefill
 from dsopt.runtime.drafters import Draft
 from dsopt.runtime.drafters.confidence import Confidence
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.model import Model
 from dsopt.runtime.sampling import Candidates, Sampler, Sampling
-from dsopt.runtime.session import Logits
+from dsopt.runtime.session import PREFILL_CHUNK, Logits
 
 _WORTH = 0.3  # a draft ends before a token that is accepted, with all before it, less often than this
+_SINKS = 4  # tokens from the beginning that are never left out
 _POSITIONS = 8  # with a temperature of their own
 
 
@@ -45,6 +46,7 @@ class ModelDrafter:
     def begin(self) -> None:
         self._tokens: list[int] = []
         self._agreed = 0  # so many tokens of the sequence are those in the cache
+        self._strange = False  # it has a token that the draft model does not know
         self._confidence.begin()
 
     @property
@@ -53,7 +55,28 @@ class ModelDrafter:
 
     def accept(self, tokens: Sequence[int], hidden: NDArray[np.float32] | None) -> None:
         self._tokens += tokens
+        self._strange = self._strange or max(tokens, default=0) >= self._own_vocab
         self._confidence.accept(tokens)
+
+    @property
+    def unread(self) -> int:
+        if self._strange or len(self._tokens) >= self._binding.cache.limit:
+            return 0
+        self._agree()
+        return len(self._tokens) - self._agreed
+
+    def read(self, count: int) -> None:
+        new = self._tokens[len(self._tokens) - self.unread :][:count]
+        self._forget_rest()
+        for start in range(0, len(new), PREFILL_CHUNK):
+            self._read += new[start : start + PREFILL_CHUNK]
+            ingest(self._binding, new[start : start + PREFILL_CHUNK])
+
+    def leave_out(self, count: int) -> None:
+        """It begins anew with the first few tokens, which attention leans on (arXiv:2309.17453), and what follows."""
+        start = len(self._tokens) - self.unread + count
+        self._tokens = [*self._tokens[: min(start, _SINKS)], *self._tokens[start:]]
+        self._agreed = 0
 
     def draft(self, anchor: int, limit: int) -> Draft:
         history = [*self._tokens, anchor]
@@ -77,19 +100,27 @@ class ModelDrafter:
 
     def _catch_up(self, history: Sequence[int]) -> Logits | None:
         """Read what is new; the logits after it, None where the draft model has no room or not such a token."""
-        cache, read = self._binding.cache, self._read
-        common = min(len(read), cache.length, len(history) - 1)
-        while self._agreed < common and read[self._agreed] == history[self._agreed]:
-            self._agreed += 1
-        cache.trim(min(self._agreed, cache.length))
-        del read[cache.length :]
+        cache = self._binding.cache
+        self._agree()
+        self._forget_rest()
         new = history[cache.length :]
         if len(history) > cache.limit or max(new) >= self._own_vocab:
             return None
-        read += new
+        self._read += new
         logits = prefill(self._binding, new)
         assert not isinstance(logits, Candidates)  # none were asked for
         return logits
+
+    def _agree(self) -> None:
+        """Find how much of the sequence the cache holds already."""
+        common = min(len(self._read), self._binding.cache.length, len(self._tokens))
+        while self._agreed < common and self._read[self._agreed] == self._tokens[self._agreed]:
+            self._agreed += 1
+
+    def _forget_rest(self) -> None:
+        """Of the cache, keep what agrees."""
+        self._binding.cache.trim(min(self._agreed, self._binding.cache.length))
+        del self._read[self._binding.cache.length :]
 
     def _step(self, token: int) -> Logits | None:
         if self._binding.cache.length == self._binding.cache.limit:

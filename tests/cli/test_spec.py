@@ -18,8 +18,8 @@ from dsopt.runtime.errors import DsoptError, UsageError
 DSOPT = str(Path(sys.executable).with_name("dsopt"))
 COLUMNS = [
     *("category", "prompts", "draft", "base_avg_pred_ts", "spec_avg_pred_ts", "decode_speedup", "latency_speedup"),
-    *("accept_rate", "mean_accepted_length", "accept_per_position", "draft_share", "verify_share", "overhead_share"),
-    *("identical_share", "near_ties"),
+    *("accept_rate", "mean_accepted_length", "accept_per_position", "read_share", "draft_share", "verify_share"),
+    *("overhead_share", "identical_share", "near_ties"),
 ]
 LOOP = ["a b c a b c a b c a b c", "--raw", "-n", "60"]
 
@@ -81,6 +81,10 @@ def test_stats_tell_what_was_accepted_and_gained(generate: Callable[..., tuple[s
     assert "near ties " in err
     if told["proposed_tokens"]:
         assert f"draft {told['accepted_tokens']}/{told['proposed_tokens']} accepted (" in err
+    if told["started_after"] is None:
+        assert "drafter did not begin" in err
+    else:
+        assert f"drafter began after {told['started_after']} tokens and read {told['read_tokens']} in " in err
 
     out, err = generate("--exact", "--json", "--stats")
     told = json.loads(out)["stats"]["speculation"]
@@ -119,6 +123,15 @@ def test_a_row_for_each_category_and_one_for_all(bench: Callable[..., str], prom
             assert row["accept_rate"] == pytest.approx(row["accepted_tokens"] / row["proposed_tokens"])
     for key in ("rounds", "proposed_tokens", "accepted_tokens", "base_tokens", "near_ties"):
         assert rows[2][key] == rows[0][key] + rows[1][key]
+
+
+def test_rows_tell_what_a_drafter_read(bench: Callable[..., str], tiny_artifact: Path, prompts: Path) -> None:
+    rows = json.loads(bench("--spec", tiny_artifact, "--prompts", prompts, "-n", 60, "-o", "json"))
+    for row in rows:
+        assert sum(row[f"{what}_share"] for what in ("read", "draft", "verify", "overhead")) == pytest.approx(1)
+        assert (row["started_after"] is None) == (row["started_answers"] == 0)
+        assert (row["read_tokens"] > 0) == (row["read_share"] > 0)
+        assert row["identical_share"] == 1
 
 
 def test_exact_mode_is_compared_with_its_own_reference(bench: Callable[..., str], prompts: Path) -> None:

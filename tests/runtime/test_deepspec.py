@@ -14,7 +14,7 @@ from toy import Forced
 
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.drafters import Draft
-from dsopt.runtime.drafters.choice import open_drafter
+from dsopt.runtime.drafters.choice import open_drafter, open_speculation
 from dsopt.runtime.drafters.cost import draft_cost
 from dsopt.runtime.drafters.deepspec import open_deepspec
 from dsopt.runtime.drafters.graph import CachedGraph
@@ -137,6 +137,45 @@ def test_pieces_and_drafts_between_change_nothing(name: str, compile_pair: Calla
 
 
 @pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_what_waits_may_be_read_in_pieces_or_left_out(name: str, compile_pair: Callable[..., Any]) -> None:
+    drafter = drafter_of(compile_pair(name))
+    taps, behind = random_taps(drafter), int(name == "eagle3")  # its last row waits for the token behind it
+    whole, without = drafts(drafter, taps, [40]), draft_without(drafter, taps, 21)
+    assert without.survival != pytest.approx(whole.survival)
+
+    show(drafter, taps, (3, 27, 10))
+    for piece, unread in ((2, 38), (11, 27), (1, 26), (20, 6)):
+        drafter.read(piece)
+        assert drafter.unread == unread - behind
+    assert_same(drafter.draft(TOKENS[40], 4), whole)
+
+    show(drafter, taps, (3, 27, 10))
+    for count in (2, 19):
+        drafter.leave_out(count)
+    drafter.read(4)
+    assert drafter.unread == 15 - behind
+    assert_same(drafter.draft(TOKENS[40], 4), without)
+
+
+def show(drafter: Any, taps: np.ndarray, pieces: tuple[int, ...], done: int = 0) -> None:
+    drafter.begin()
+    for piece in pieces:
+        drafter.accept(TOKENS[done : done + piece], taps[done : done + piece])
+        done += piece
+
+
+def draft_without(drafter: Any, taps: np.ndarray, count: int) -> Draft:
+    """Of one that was never given the first `count` of 40 rows."""
+    show(drafter, taps, (40 - count,), count)
+    return drafter.draft(TOKENS[40], 4)
+
+
+def assert_same(made: Draft, wanted: Draft) -> None:
+    assert made.tokens == wanted.tokens
+    close(made.survival, wanted.survival)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
 def test_a_cache_that_grows_keeps_its_rows(name: str, compile_pair: Callable[..., Any], monkeypatch: Any) -> None:
     expected = drafts(drafter_of(compile_pair(name)), random_taps(drafter_of(compile_pair(name))), [50])
     monkeypatch.setattr("dsopt.runtime.kv._FIRST", 8)
@@ -252,6 +291,33 @@ def test_text_with_a_drafter_is_the_text_without(name: str, compile_pair: Callab
     fresh.accept(helped.text[: helped.seen], hidden.hidden)
     anchor = helped.text[helped.seen]
     assert fresh.draft(anchor, 4).tokens == helped.drafter.draft(anchor, 4).tokens
+
+
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_costs_are_measured_and_what_they_allow_changes_no_token(name: str, compile_pair: Callable[..., Any]) -> None:
+    pair = compile_pair(name)
+    model = Model(open_artifact(pair.artifact), threads=1)
+    model.end, prompt = frozenset(), TOKENS[:30]
+    plain = [piece.step.token for piece in model.stream(prompt, limit=100)]
+    for kind in (str(next(pair.artifact.glob("draft-*"))), "auto"):
+        speculation = open_speculation(model, kind)
+        assert speculation is not None
+        reader = speculation.scheduler.reader
+        assert reader is not None
+        assert reader.beside == (kind == "auto")
+        assert reader.curve.pieces == (16, 64)
+        assert reader.curve.counts == (1, 4, 8)
+        reader.experience.won, reader.experience.started, reader.experience.gained = 1e9, 1000.0, 1e9
+        state = model.new_state()
+        stream = model.stream(prompt, limit=100, state=state, speculation=speculation)
+        assert [piece.step.token for piece in stream] == plain
+        assert stream.result.speculation.tally.read_tokens >= len(prompt) - 1  # type: ignore[union-attr]
+
+        reader.experience.won = 0.0  # not worth to compute the prompt again: it is left out
+        again = model.stream([*prompt, *plain, 7, 8, 9], limit=20, state=state, speculation=speculation)
+        assert len(list(again)) == 20
+        assert again.result.cached_tokens >= len(prompt) + len(plain) - 1
+        assert again.result.speculation.tally.starts == 0  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["vanilla", "eagle3"])

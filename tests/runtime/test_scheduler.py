@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from toy import curve
 
+from dsopt.runtime.costs import MOST
 from dsopt.runtime.drafters import Draft
-from dsopt.runtime.scheduler import MOST, Round, Scheduler, padded
+from dsopt.runtime.scheduler import Round, Scheduler, padded
 
 WIDE = [1 + 0.1 * width for width in range(MOST + 1)]
 

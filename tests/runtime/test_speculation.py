@@ -83,6 +83,34 @@ def tokens_after(model: Model, text: list[int], count: int) -> list[int]:
     return [piece.step.token for piece in stream]
 
 
+def test_it_may_read_ahead_in_pieces_and_leave_out_what_is_far(model: Model, other: Model) -> None:
+    drafter = ModelDrafter(other, model.session.vocab_size, GREEDY)
+    drafter._confidence.acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
+    text = tokens(model, "A", limit=100)[0]
+    drafter.accept(text[:50], None)
+    for piece, unread in ((20, 30), (7, 23), (40, 0)):
+        drafter.read(piece)
+        assert drafter.unread == unread
+    runs: list[int] = []
+    run = drafter._binding.run
+    drafter._binding.run = lambda ids, *rest: runs.append(len(ids)) or run(ids, *rest)  # type: ignore[assignment,func-returns-value]
+    assert list(drafter.draft(text[50], 4).tokens) == tokens_after(other, text[:51], 4)
+    assert runs == [1, 1, 1, 1]
+
+    drafter.accept(text[50:80], None)
+    assert drafter.unread <= 30
+    drafter.leave_out(drafter.unread - 12)
+    assert drafter.unread == 12  # what attention leans on is there already
+    drafter.read(10)
+    assert list(drafter.draft(text[80], 4).tokens) == tokens_after(other, [*text[:4], *text[68:81]], 4)
+    drafter.accept(text[80:85], None)
+    assert list(drafter.draft(text[85], 4).tokens) == tokens_after(other, [*text[:4], *text[68:86]], 4)
+
+    drafter.begin()
+    drafter.accept([1, other.session.vocab_size, 2], None)
+    assert drafter.unread == 0  # it never will draft here
+
+
 def test_a_drafter_whose_context_is_full_has_no_idea(model: Model, other: Model) -> None:
     drafter = ModelDrafter(other, model.session.vocab_size, GREEDY)
     drafter._confidence.acceptance.share = lambda key, guess: 1.0  # type: ignore[method-assign]
@@ -90,6 +118,7 @@ def test_a_drafter_whose_context_is_full_has_no_idea(model: Model, other: Model)
     assert len(drafter.draft(1, 10).tokens) == 3  # positions 126, 127, 128
     drafter.accept([1, 2, 3], None)
     assert drafter.draft(4, 10).tokens == ()
+    assert drafter.unread == 0
     got, _ = tokens(model, "A", Speculation(drafter, Forced()), limit=200)
     assert got == tokens(model, "A", limit=200)[0]
 
@@ -164,6 +193,37 @@ def test_the_curve_is_measured_once_for_a_model_a_machine_and_its_threads(
             patch.setattr("dsopt.runtime.curve.measure_curve", lambda session: first)
             verify_curve(model.session, lambda call=call: measured.append(call))
         assert measured[-1] == call
+
+
+def test_costs_and_experience_of_a_drafter_are_kept(model: Model, other: Model) -> None:
+    measured = []
+
+    def opened() -> Speculation:
+        speculation = open_speculation(model, str(other.artifact.directory), measuring=lambda: measured.append(1))
+        assert speculation is not None
+        return speculation
+
+    got, result = tokens(model, "a b c a b c a b", opened(), limit=200)
+    assert got == tokens(model, "a b c a b c a b", limit=200)[0]
+    assert result.speculation.scheduler.reader is not None
+    assert len(measured) == 2
+    opened()
+    assert len(measured) == 2
+    (curve,), (experience,) = ((cache_dir() / name).iterdir() for name in ("draft-curves", "experience"))
+    assert json.loads(curve.read_bytes())["pieces"] == [16, 64]
+    assert json.loads(experience.read_bytes())["answered"] == len(got)
+    curve.write_bytes(b'{"counts": [1]}')
+    experience.write_bytes(b"[NaN]")
+    again = opened().scheduler.reader
+    assert again is not None
+    assert len(measured) == 3
+    assert (again.experience.answered, again.experience.path) == (0, experience)
+    tokens(model, "A", opened(), limit=5)
+    assert len(list(experience.parent.iterdir())) == 1
+    sampled = open_speculation(model, str(other.artifact.directory), sampling=Sampling(temperature=1.0))
+    assert sampled is not None
+    tokens(model, "A", sampled, limit=5, temperature=1.0)
+    assert len(list(experience.parent.iterdir())) == 2
 
 
 def test_a_tight_context_changes_neither_curve_nor_tokens(model: Model) -> None:

@@ -1,0 +1,326 @@
+"""When a drafter that must read begins, by a clock that only runs and drafts move: what it may cost and must bring."""
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from toy import TAPS, ToyBinding, curve, random_table
+
+from dsopt.runtime.costs import MOST
+from dsopt.runtime.curve import VerifyCurve
+from dsopt.runtime.decoder import decode
+from dsopt.runtime.drafters import Draft, Drafter
+from dsopt.runtime.drafters.chain import ChainDrafter
+from dsopt.runtime.drafters.curve import DraftCurve
+from dsopt.runtime.drafters.experience import Experience
+from dsopt.runtime.drafters.ngram import NgramDrafter
+from dsopt.runtime.sampling import Sampler, Sampling
+from dsopt.runtime.scheduler import Reader, Scheduler
+from dsopt.runtime.speculate import Speculation, speculate
+from dsopt.runtime.tally import Tally
+
+VOCAB, CONTEXT = 8, 12000
+TABLE = random_table(VOCAB)
+TABLE[..., :] += np.random.default_rng(1).normal(0, 0.1, VOCAB)
+RUNS = [1 + 0.1 * width for width in range(MOST + 1)]
+STEP = RUNS[0]
+PIECES, DRAFTS = (16, 128), (1, 4, 8)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("dsopt.runtime.speculate.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+class Timed(ToyBinding):
+    """A run takes what the curve says."""
+
+    def __init__(self, clock: SimpleNamespace, taps: tuple[int, ...] = ()) -> None:
+        super().__init__(TABLE, CONTEXT, taps)
+        self.clock = clock
+
+    def run(self, ids: np.ndarray, rows: int = 1, keep: int | None = None) -> np.ndarray:
+        self.clock.now += target().seconds(len(ids), 0)
+        return super().run(ids, rows, keep)
+
+
+def target() -> VerifyCurve:
+    return curve(*RUNS)
+
+
+def reading(count: int, depth: int = 0) -> float:
+    """Seconds of reading `count` tokens at once; they grow with what was read before."""
+    return (0.3 + 0.03 * count) * (1 + depth / 3000)
+
+
+def drafting(count: int) -> float:
+    return 0.05 + 0.2 * count
+
+
+MEASURED = DraftCurve(DRAFTS, tuple(map(drafting, DRAFTS)), PIECES, tuple(map(reading, PIECES)))
+
+
+class Slow:
+    """Drafts what is given as the coming text, each token right with the chance `right`, once it has read."""
+
+    def __init__(
+        self, clock: SimpleNamespace, text: Sequence[int], right: float, taps: tuple[int, ...] = (), slower: float = 1
+    ) -> None:
+        self.clock, self.text, self.right, self.taps, self.slower = clock, text, right, taps, slower
+        self._random = np.random.default_rng(0)
+        self.largest = 0.0  # seconds of reading at once
+        self.begin()
+
+    def begin(self) -> None:
+        self.seen = self.read_up_to = self.left_out = 0
+
+    def accept(self, tokens: Sequence[int], hidden: np.ndarray | None) -> None:
+        self.seen += len(tokens)
+
+    @property
+    def unread(self) -> int:
+        return self.seen - self.read_up_to
+
+    def read(self, count: int) -> None:
+        assert 0 < count <= self.unread
+        self._pass(reading(count, self.read_up_to - self.left_out))
+        self.read_up_to += count
+
+    def leave_out(self, count: int) -> None:
+        assert 0 < count < self.unread
+        self.read_up_to += count
+        self.left_out = self.read_up_to
+
+    def _pass(self, seconds: float) -> None:
+        self.clock.now += self.slower * seconds
+        self.largest = max(self.largest, self.slower * seconds)
+
+    def draft(self, anchor: int, limit: int) -> Draft:
+        assert self.unread <= 8  # a draft reads no more than a round leaves
+        self.read_up_to = self.seen
+        self._pass(drafting(limit))
+        coming = list(self.text[self.seen + 1 :][:limit])
+        for position, hit in enumerate(self._random.random(len(coming)) < self.right):
+            coming[position] = coming[position] if hit else (coming[position] + 1) % VOCAB
+        return Draft(tuple(coming))
+
+
+@cache
+def text(prompt: int, limit: int = 2000) -> list[int]:
+    """A prompt of so many tokens and the answer to it."""
+    start = np.random.default_rng(prompt).integers(VOCAB, size=prompt).tolist()
+    steps = decode(ToyBinding(TABLE, CONTEXT), start, choose=Sampler(Sampling(repeat_penalty=1.3)), limit=limit)
+    return [*start, *(step.token for step in steps)]
+
+
+def answer(
+    clock: SimpleNamespace,
+    drafter: Drafter,
+    scheduler: Scheduler,
+    prompt: int,
+    limit: int,
+    cached: int = 0,
+    widths: tuple[int, ...] = (),
+) -> tuple[list[float], Tally]:
+    """Seconds since the first token at each further one; the tokens are those of plain decoding."""
+    binding, speculation = Timed(clock, drafter.taps), Speculation(drafter, scheduler, widths)
+    whole, times = text(prompt), list[float]()
+    if cached:
+        binding.run(np.array(whole[:cached]))
+    choose = Sampler(Sampling(repeat_penalty=1.3))
+    got = []
+    for step in speculate(binding, whole[:prompt], speculation, sampler=choose, limit=limit):
+        got.append(step.token)
+        times.append(clock.now)
+    assert got == whole[prompt:][:limit]
+    return [time - times[0] for time in times[1:]], speculation.tally
+
+
+def scheduler(experience: Experience | None = None, *, beside: bool = False) -> Scheduler:
+    return Scheduler(target(), (), Reader(MEASURED, experience or Experience(), beside))
+
+
+def slower(times: list[float]) -> float:
+    """At any token, wherever the answer ends: the time since the first against that of plain decoding."""
+    return max((time / (STEP * count) for count, time in enumerate(times, 1)), default=1.0)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 10, 64, 200, 700, 2000])
+@pytest.mark.parametrize("prompt", [2, 32, 150, 1000, 8000])
+def test_a_drafter_that_is_never_right_costs_three_percent_at_most(
+    clock: SimpleNamespace, prompt: int, limit: int
+) -> None:
+    times, _ = answer(clock, Slow(clock, text(prompt), 0.0), scheduler(), prompt, limit)
+    assert slower(times) <= 1.03
+
+
+@pytest.mark.parametrize("right", [0.1, 0.4, 0.6, 0.9])
+def test_luck_and_its_end_cost_no_more(clock: SimpleNamespace, right: float) -> None:
+    """Also one that is right for a while only."""
+    drafter = Slow(clock, text(150), right)
+    times, _ = answer(clock, drafter, scheduler(), 150, 2000)
+    assert slower(times) <= 1.03
+
+    class Changing(Slow):
+        def draft(self, anchor: int, limit: int) -> Draft:
+            self.right = right if self.seen < 600 else 0.0
+            return super().draft(anchor, limit)
+
+    times, _ = answer(clock, Changing(clock, text(150), right), scheduler(), 150, 2000)
+    assert slower(times) <= 1.03
+
+
+def test_reading_that_is_dearer_than_measured_costs_one_piece_more(clock: SimpleNamespace) -> None:
+    for prompt in (32, 300, 1200):
+        drafter = Slow(clock, text(prompt), 0.0, slower=3)
+        times, tally = answer(clock, drafter, scheduler(), prompt, 2000)
+        assert tally.read_tokens > 0
+        assert all(time <= 1.03 * STEP * count + drafter.largest for count, time in enumerate(times, 1))
+
+
+def test_a_good_drafter_of_a_long_answer_loses_little_by_beginning_late(clock: SimpleNamespace) -> None:
+    for prompt in (40, 300):
+        at_once = Experience(won=1e6, started=1000, gained=500)
+        first, tally = answer(clock, Slow(clock, text(prompt), 0.85), scheduler(at_once), prompt, 2000)
+        assert tally.start_tokens <= 1 + prompt // 128
+        assert first[-1] < 0.7 * STEP * 2000
+        late, tally = answer(clock, Slow(clock, text(prompt), 0.85), scheduler(), prompt, 2000)
+        assert 30 < tally.start_tokens < 200
+        assert late[-1] < 1.05 * first[-1]
+
+
+def test_what_is_left_of_an_answer_must_be_able_to_pay(clock: SimpleNamespace) -> None:
+    """The account bears the reading of the latest 32 tokens at some time, whatever the limit; for the last few tokens
+    nothing is read."""
+    start = answer(clock, Slow(clock, text(300), 0.9), scheduler(), 300, 500)[1].start_tokens
+    for more in (1, 3, 20):
+        _, tally = answer(clock, Slow(clock, text(300), 0.9), scheduler(), 300, start + more)
+        assert (tally.starts, tally.read_tokens) == ((1, 32) if more == 20 else (0, 0))
+
+
+def test_experience_begins_at_once_where_it_promises_enough(clock: SimpleNamespace) -> None:
+    experience = Experience()
+    for limit, begins in ((64, None), (1500, 50), (64, 0), (5, None), (64, 0)):
+        times, tally = answer(clock, Slow(clock, text(40), 0.85), scheduler(experience), 40, limit)
+        assert (begins is not None) == tally.starts
+        if begins is not None:
+            assert tally.start_tokens > begins if begins else tally.start_tokens == 1
+            assert times[-1] < 0.85 * STEP * limit
+    assert experience.won > 100
+
+
+def test_padded_runs_change_no_decision_to_begin(clock: SimpleNamespace) -> None:
+    """Exact mode: what an answer may have is more than what a run may."""
+    widths = (2, 4)
+    padded_step = RUNS[1]
+    for experience, started in ((Experience(won=100, started=1000, gained=200), 1), (Experience(), 0)):
+        schedule = Scheduler(target(), widths, Reader(MEASURED, experience))
+        times, tally = answer(clock, Slow(clock, text(150), 0.85), schedule, 150, 60, widths=widths)
+        assert tally.starts == started
+    never = Scheduler(target(), widths, Reader(MEASURED, Experience()))
+    times, tally = answer(clock, Slow(clock, text(150), 0.0), never, 150, 1000, widths=widths)
+    assert tally.starts == 1
+    assert slower(times) <= 1.03 * padded_step / STEP
+
+
+def test_experience_with_a_bad_drafter_begins_later_still(clock: SimpleNamespace) -> None:
+    experience, begun = Experience(), []
+    for _ in range(2):
+        times, tally = answer(clock, Slow(clock, text(40), 0.05), scheduler(experience), 40, 2000)
+        assert slower(times) <= 1.03
+        begun.append(tally.start_tokens)
+    assert experience.won == 0
+    assert begun[1] > 2 * begun[0] > 50
+
+
+def test_what_is_staked_was_won_before(clock: SimpleNamespace) -> None:
+    """A drafter that was good once, and never again: all answers together."""
+    experience = Experience()
+    first, _ = answer(clock, Slow(clock, text(40), 0.85), scheduler(experience), 40, 900)
+    spent, plain, worst = first[-1], 899 * STEP, 0.0
+    for _ in range(60):
+        times, _ = answer(clock, Slow(clock, text(40), 0.0), scheduler(experience), 40, 64)
+        spent, plain, worst = spent + times[-1], plain + 63 * STEP, max(worst, slower(times))
+        assert spent <= 1.03 * plain
+    assert worst > 1.03  # one by one they may lose what was won
+    assert slower(times) <= 1.03  # and then no more
+
+
+def test_answers_that_tend_to_be_short_promise_little() -> None:
+    experience = Experience(started=1000, gained=500)
+    assert experience.promise(10) == 5
+    assert experience.promise(1000) == 500
+    experience.note(30, ended=True, started=0, gained=0, won=0)
+    experience.note(10, ended=True, started=0, gained=0, won=0)
+    assert experience.promise(1000) == pytest.approx(0.5 * 20, rel=0.01)
+    assert experience.promise(5) == pytest.approx(2.2, rel=0.01)  # half of 20 (1 - exp(-5/20))
+    assert not experience.disappoints
+    assert Experience(started=400, gained=200).promise(1000) == 0  # one answer says little of the next
+
+
+def test_one_that_copies_goes_on_while_the_other_has_not_begun(clock: SimpleNamespace) -> None:
+    class Copying(NgramDrafter):
+        """Sure now and then, at no cost."""
+
+        right = True
+
+        def draft(self, anchor: int, limit: int) -> Draft:
+            super().draft(anchor, limit)
+            position = len(self._text.tokens)
+            coming = text(1000)[position:][: min(limit, 3)] if position % 5 == 0 else []
+            return Draft(tuple((token + (not self.right)) % VOCAB for token in coming), (0.95,) * len(coming))
+
+    chain = ChainDrafter([Copying(), Slow(clock, text(1000), 0.0)])
+    times, tally = answer(clock, chain, scheduler(beside=True), 1000, 60)
+    assert tally.starts == 0
+    assert tally.accepted > 20
+    chain = ChainDrafter([Copying(), Slow(clock, text(1000), 0.9)])
+    times, tally = answer(clock, chain, scheduler(beside=True), 1000, 1000)
+    assert tally.starts == 1
+    assert tally.accepted > 650
+    chain = ChainDrafter([Copying(), Slow(clock, text(1000), 0.0)])
+    Copying.right = False
+    times, tally = answer(clock, chain, scheduler(beside=True), 1000, 2000)
+    assert tally.starts == 1
+    assert all(time <= 1.03 * STEP * count + STEP for count, time in enumerate(times, 1))
+
+
+def test_a_cached_prompt_is_computed_again_for_taps_only_where_that_pays(clock: SimpleNamespace) -> None:
+    drafter = Slow(clock, text(300), 0.85, TAPS)
+    times, tally = answer(clock, drafter, scheduler(), 300, 1000, cached=280)
+    assert (tally.reread_tokens, tally.starts) == (0, 0)
+    assert slower(times) == pytest.approx(1)
+    assert clock.now < target().seconds(280, 0) + 1010 * STEP + target().seconds(20, 0)
+    chain = ChainDrafter([NgramDrafter(), Slow(clock, text(300), 0.85, TAPS)])
+    _, tally = answer(clock, chain, scheduler(beside=True), 300, 1000, cached=280)
+    assert (tally.reread_tokens, tally.starts) == (0, 0)
+    assert tally.proposed > 0  # the other one goes on
+    rich = Experience(won=1e6, started=1000, gained=500)
+    times, tally = answer(clock, Slow(clock, text(300), 0.85, TAPS), scheduler(rich), 300, 1000, cached=280)
+    assert (tally.reread_tokens, tally.starts) == (280, 1)
+    _, tally = answer(clock, Slow(clock, text(300), 0.85, TAPS), scheduler(rich), 300, 60, cached=280)
+    assert (tally.reread_tokens, tally.starts) == (0, 0)
+
+
+def test_interrupting_between_pieces_leaves_what_can_be_gone_on_from(clock: SimpleNamespace) -> None:
+    rich = scheduler(Experience(won=1e6, started=1000, gained=500))
+    drafter, binding = Slow(clock, text(1000), 0.85), Timed(clock)
+    choose = Sampler(Sampling(repeat_penalty=1.3))
+    speculation = Speculation(drafter, rich)
+    steps = speculate(binding, text(1000)[:1000], speculation, sampler=choose, limit=900)
+    head = [next(steps).token for _ in range(4)]
+    steps.close()  # type: ignore[attr-defined]
+    assert drafter.read_up_to == 1000 - 512 + 3 * 128
+    rest = speculate(binding, text(1000)[:1004], speculation, sampler=choose, limit=896)
+    assert head + [step.token for step in rest] == text(1000)[1000:1900]
+
+
+def test_experience_is_kept_in_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "e" / "x.json"
+    Experience(path=path).note(64, ended=False, started=20, gained=5, won=3)
+    assert path.read_text() == '{"won": 3.0, "started": 20.0, "gained": 5.0, "answered": 64.0, "ended": 0.0}'
