@@ -129,7 +129,7 @@ def test_seconds_of_a_workload() -> None:
     def micros(workload: str) -> list[int]:
         return [round(1e6 * offered[0].seconds) for offered in options([block, head], table, workload)]
 
-    assert micros("chat") == [128 + 4 * 128, 128 + 4]  # a prompt's chunk asks the head for one row
+    assert micros("chat") == [104 + 8 * 5 + 4 * 128, 104 + 8 * 5 + 4]  # a prompt's chunk asks the head for one row
     assert micros("prefill") == [128, 1]
     assert micros("batch") == [8, 8]
     assert micros("speculative") == [3 * 5 + 1] * 2
