@@ -79,7 +79,7 @@ TARGETS = {
             "CPUExecutionProvider",
             "cpu",
             {"fp32": ("none", "w8a8", "w8a8-token", *_NBITS)},
-            _operators("fp32") | dict.fromkeys(("AveragePool", "Abs", "ReduceMax", "Max", "Div", "Pad"), ("fp32",)),
+            _operators("fp32") | dict.fromkeys(("AveragePool", "Abs", "ReduceMax", "Max", "Div", "Pad", "Gelu", "Tanh"), ("fp32",)),
             largest_head=1 << 16,
             caches=("float", "int8"),
         ),
