@@ -15,8 +15,8 @@ from dsopt.compiler.calibrate import Statistics, calibrate
 from dsopt.compiler.chains import Body
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.corpus import HELD
-from dsopt.compiler.models import kinds_of
 from dsopt.compiler.kernel_table import KernelTable
+from dsopt.compiler.models import kinds_of
 from dsopt.compiler.profile import measure
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.search import (

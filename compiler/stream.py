@@ -36,14 +36,14 @@ class BlockStream:
         tensor = self._tensor("model.embed_tokens.weight")
         rows = np.concatenate([tensor.read(int(i), int(i) + 1) for i in used])
         embedding = self.blank(lambda model: model.model.embed_tokens)
-        embedding.load_state_dict({"weight": torch.from_numpy(rows)}, strict=True, assign=True)
-        return embedding(torch.from_numpy(inverse.reshape(ids.shape))).detach()
+        embedding.weight = nn.Parameter(torch.from_numpy(rows), requires_grad=False)
+        return embedding(torch.from_numpy(inverse.reshape(ids.shape)))
 
     def block(self, layer: int) -> nn.Module:
         """The block of one layer, `forward(x, *state(...))`; its parameters take no gradient."""
         return self._filled(self.blank(layer=layer), f"model.layers.{layer}.")
 
-    def state(self, windows: int, tokens: int, layer: int) -> list[Tensor]:
+    def state(self, layer: int, windows: int, tokens: int) -> list[Tensor]:
         """What a layer's block wants beside its input, for sequences that start at position 0."""
         config = self.config.layer(layer)
         empty = torch.empty(windows, config.num_key_value_heads, 0, config.head_dim)

@@ -1,4 +1,4 @@
-"""The text decoder of a checkpoint that sees and hears too: its config and its tensors, named as in one of text alone."""
+"""The text decoder of a checkpoint that sees and hears too: config and tensors named as in one of text alone."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ _ABOVE = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
 def text_part(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint itself, unless its model type has more than text. Raises DsoptError where it has no text config."""
+    """The checkpoint itself, unless its model type has more than text. Raises DsoptError without a text config."""
     config, tensors = checkpoint.config, checkpoint.tensors
     if not str(config.get("model_type")).startswith(_FAMILY):
         return checkpoint

@@ -1,7 +1,7 @@
 """One file per model family, named as the checkpoint's `model_type`. Adding a family = adding a file.
 
-A family exports `Config` (with `from_dict`, `layer` and `rotary`) and `Model`, a torch module whose parameters are named
-as in the checkpoint and which has `model.embed_tokens`, `model.layers`, `model.norm` and `lm_head`.
+A family exports `Config` (with `from_dict`, `layer` and `rotary`) and `Model`, a torch module whose parameters are
+named as in the checkpoint and which has `model.embed_tokens`, `model.layers`, `model.norm` and `lm_head`.
 """
 
 import importlib

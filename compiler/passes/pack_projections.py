@@ -1,7 +1,8 @@
 """Linear layers that read the same input -> one with their outputs side by side.
 
-q, k and v, or q and k where values are made of k, become one call whose output GroupQueryAttention reads packed, or which is split where query and key have
-norms of their own (the CPU's GroupQueryAttention cannot apply them); gate and up become one whose output is split.
+q, k and v, or q and k where values are made of k, become one call whose output GroupQueryAttention reads packed, or
+which is split where query and key have norms of their own (the CPU's GroupQueryAttention cannot apply them); gate and
+up become one whose output is split.
 In a step of one token a call's fixed cost (quantizing the activations, waking the threads) is as long as its reading of
 the weights: of 576 x 1536 at 4 bits, two calls take 107 us, the packed one 84 and the split 12.
 Weights are concatenated along the output dimension, which is exact in every format.

@@ -87,7 +87,7 @@ class Stream:
             if sublayer.mlp:
                 out = block.mlp(block.post_attention_layernorm(x))
             else:
-                out = block.self_attn(block.input_layernorm(x), *self.blocks.state(*x.shape[:2], sublayer.layer))[0]
+                out = block.self_attn(block.input_layernorm(x), *self.blocks.state(sublayer.layer, *x.shape[:2]))[0]
         finally:
             hook.remove()
         return seen[0], out
