@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.fp8 import Fp8Tensor
 from dsopt.compiler.gguf import FLOAT_TYPES, GgufTensor
+from dsopt.compiler.models import family_name
 from dsopt.compiler.passes.quantize_linears import is_exact, module_name
 from dsopt.compiler.passes.tie_embeddings import EMBEDDING
 from dsopt.compiler.recipe import HEAD, Format, Recipe
@@ -111,7 +112,7 @@ def make_manifest(
         name=source.name,
         recipe=recipe,
         target=target,
-        family=str(checkpoint.config["model_type"]),
+        family=family_name(str(checkpoint.config["model_type"])),
         source={"kind": source.kind, "name": source.name, "sha256": source.sha256},
         model=sizes,
         bos=bos,

@@ -32,4 +32,9 @@ def find_family(model_type: object) -> ModuleType:
     """The module of a `model_type`. Raises DsoptError that lists the known ones."""
     if model_type not in families():
         raise DsoptError(f"model type {model_type!r} is not supported; supported: {', '.join(families())}")
-    return importlib.import_module(f"{__name__}.{_SAME.get(str(model_type), model_type)}")
+    return importlib.import_module(f"{__name__}.{family_name(str(model_type))}")
+
+
+def family_name(model_type: str) -> str:
+    """What a known model type is called as a family."""
+    return _SAME.get(model_type, model_type)

@@ -82,8 +82,10 @@ class Config(llama.Config):
             raise DsoptError(f"config.json: missing or malformed field ({error!r}) for a gemma4 model") from error
         if made.softcap is not None and not 0 < made.softcap < 1e6:
             raise DsoptError(f"config.json: final_logit_softcapping {made.softcap} is not a positive number")
-        for layer in range(made.num_hidden_layers):
+        for layer, kind in enumerate(made.kinds):
             made.layer(layer)._check(config)
+            if kind.window is not None and kind.window < 1:
+                raise DsoptError(f"config.json: sliding_window {kind.window} is not a positive number")
         return made.layer(0) if made.num_hidden_layers == 1 else made
 
     @property

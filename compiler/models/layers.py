@@ -163,6 +163,9 @@ class ScaledEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids) * self.scale
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale={self.scale}"
+
 
 class CappedHead(nn.Linear):
     """cap * tanh(W x / cap): logits within (-cap, cap), Gemma's soft-capping (arXiv:2408.00118)."""
@@ -173,6 +176,9 @@ class CappedHead(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return cap_softly(super().forward(x), self.cap)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, cap={self.cap}"
 
 
 def cap_softly(logits: Tensor, cap: float) -> Tensor:

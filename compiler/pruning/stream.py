@@ -101,6 +101,11 @@ class Stream:
         return self.blocks.head()
 
 
+def check_prunable(checkpoint: Checkpoint) -> None:
+    """Raises DsoptError where `Stream` would, before text to prune by is written for nothing."""
+    Stream(checkpoint)
+
+
 def batches(x: Tensor) -> Iterator[Tensor]:
     """Some windows at a time."""
     return iter(x.split(max(1, _BATCH // x.shape[1])))
