@@ -86,7 +86,7 @@ class Config(llama.Config):
             made.layer(layer)._check(config)
             if kind.window is not None and kind.window < 1:
                 raise DsoptError(f"config.json: sliding_window {kind.window} is not a positive number")
-        return made.layer(0) if made.num_hidden_layers == 1 else made
+        return dataclasses.replace(made.layer(0), num_hidden_layers=made.num_hidden_layers, kinds=made.kinds)
 
     @property
     def norms_values(self) -> bool:
@@ -165,8 +165,7 @@ class Attention(llama.Attention):
         self.v_norm = HeadNorm(config.head_dim, config.rms_norm_eps, elementwise_affine=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        key, value = self.key_and_value(x)
-        return self.q_norm(self.q_proj(x)), key, value
+        return self.q_norm(self.q_proj(x)), *self.key_and_value(x)
 
     def key_and_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         key = self.k_proj(x)
@@ -195,18 +194,24 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attended, present_key, present_value = self.self_attn(self.input_layernorm(x), *state)
+        return self.finish(x, attended), present_key, present_value
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What comes out, for what came in and what attention made of it."""
         x = x + self.post_attention_layernorm(attended)
         x = x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        return x * self.layer_scalar, present_key, present_value
+        return x * self.layer_scalar
 
 
 class Model(llama.Model):
     block = Block
 
-    def make_embedding(self, config: Config) -> nn.Embedding:
+    @staticmethod
+    def make_embedding(config: Config) -> nn.Embedding:
         return ScaledEmbedding(config.vocab_size, config.hidden_size, config.embedding_scale)
 
-    def make_head(self, config: Config) -> nn.Linear:
+    @staticmethod
+    def make_head(config: Config) -> nn.Linear:
         if config.softcap is None:
-            return super().make_head(config)
+            return llama.Model.make_head(config)
         return CappedHead(config.hidden_size, config.vocab_size, config.softcap)

@@ -129,7 +129,10 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value before the rotary embedding."""
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.q_proj(x), *self.key_and_value(x)
+
+    def key_and_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k_proj(x), self.v_proj(x)
 
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         context, present_key, present_value = group_query_attention(
@@ -154,8 +157,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attended, present_key, present_value = self.self_attn(self.input_layernorm(x), *state)
+        return self.finish(x, attended), present_key, present_value
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What comes out, for what came in and what attention made of it."""
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), present_key, present_value
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Body(nn.Module):
@@ -179,10 +186,12 @@ class Model(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def make_embedding(self, config: Any) -> nn.Embedding:
+    @staticmethod
+    def make_embedding(config: Any) -> nn.Embedding:
         return nn.Embedding(config.vocab_size, config.hidden_size)
 
-    def make_head(self, config: Any) -> nn.Linear:
+    @staticmethod
+    def make_head(config: Any) -> nn.Linear:
         return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
