@@ -51,7 +51,8 @@ DRAFTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dflash": (LLAMA, BLOCK | ONE | {"head_norms": False}),
     "eagle3": (TARGET, ONE | {"architectures": ["Qwen3Eagle3Model"], "ttt_length": 4, "target_layer_ids": [0, 2],
                               "step_loss_decay": 0.8}),
-    "gemma-vanilla": (GEMMA4, DSPARK | GEMMA_TWO | {"markov_head_type": "vanilla", "confidence_head_with_markov": True}),
+    "gemma-vanilla": (GEMMA4, DSPARK | GEMMA_TWO | {"markov_head_type": "vanilla",
+                                                    "confidence_head_with_markov": True}),
     "gemma-gated": (GEMMA4, DSPARK | GEMMA_ONE | {"markov_head_type": "gated", "confidence_head_with_markov": False}),
     "gemma-rnn": (GEMMA4, DSPARK | GEMMA_ONE | {"markov_head_type": "rnn", "confidence_head_with_markov": True}),
     "gemma-dflash": (GEMMA4, BLOCK | GEMMA_ONE),
@@ -65,12 +66,8 @@ def draft_weights(config: dict[str, Any], target: dict[str, np.ndarray], seed: i
     """Random float32 weights with the names and shapes of DeepSpec; embedding and head are the target's."""
     rng = np.random.default_rng(seed)
     hidden, wide, gemma = config["hidden_size"], config["intermediate_size"], config["model_type"] == "gemma4_text"
-    head, groups = (
-        config[name]
-        for name in (
-            ("global_head_dim", "num_global_key_value_heads") if gemma else ("head_dim", "num_key_value_heads")
-        )
-    )
+    names = ("global_head_dim", "num_global_key_value_heads") if gemma else ("head_dim", "num_key_value_heads")
+    head, groups = (config[name] for name in names)
     query, key = config["num_attention_heads"] * head, groups * head
     eagle = "ttt_length" in config
     reads = 2 * hidden if eagle else hidden
