@@ -1,4 +1,4 @@
-"""Gemma 4, the text decoder of its dense models (12B, 31B).
+"""Gemma 4, the text decoder of the dense 12B.
 
 Beside Llama: norms before and behind each sublayer, and on every head of query, key and value; a scalar for each layer;
 scores that are not scaled; layers that see a window and layers that see all, with heads, rotary embedding and width of
@@ -108,8 +108,7 @@ class Config(llama.Config):
 def _check_kind(config: Mapping[str, Any]) -> None:
     for field, what in _REFUSED.items():
         if config.get(field):
-            raise DsoptError(f"config.json: {field} = {config[field]}: {what} are not supported; Gemma 4's dense 12B "
-                             "and 31B are")  # fmt: skip
+            raise DsoptError(f"config.json: {field} = {config[field]}: {what} are not supported; the dense 12B is")  # fmt: skip
     if config.get("use_bidirectional_attention") == "all":
         raise DsoptError("config.json: use_bidirectional_attention = 'all' is not supported: tokens follow each other")
     if (activation := config.get("hidden_activation", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":
