@@ -29,10 +29,10 @@ _ROPE: dict[str, dict[str, Any]] = {
 }
 # What only other sizes have, by the field of config.json that says so.
 _REFUSED = {
-    "hidden_size_per_layer_input": "embeddings for each layer (E2B, E4B)",
-    "num_kv_shared_layers": "layers that share a cache (E2B, E4B)",
-    "enable_moe_block": "experts (26B-A4B)",
-    "attention_bias": "a bias in its attention",
+    "hidden_size_per_layer_input": "embeddings for each layer (E2B, E4B) are",
+    "num_kv_shared_layers": "layers that share a cache (E2B, E4B) are",
+    "enable_moe_block": "experts (26B-A4B) are",
+    "attention_bias": "a bias in attention is",
 }
 _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -108,7 +108,7 @@ class Config(llama.Config):
 def _check_kind(config: Mapping[str, Any]) -> None:
     for field, what in _REFUSED.items():
         if config.get(field):
-            raise DsoptError(f"config.json: {field} = {config[field]}: {what} are not supported; the dense 12B is")  # fmt: skip
+            raise DsoptError(f"config.json: {field} = {config[field]}: {what} not supported; the dense 12B is")
     if config.get("use_bidirectional_attention") == "all":
         raise DsoptError("config.json: use_bidirectional_attention = 'all' is not supported: tokens follow each other")
     if (activation := config.get("hidden_activation", "gelu_pytorch_tanh")) != "gelu_pytorch_tanh":

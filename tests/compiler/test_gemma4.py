@@ -183,7 +183,7 @@ def test_a_config_that_cannot_be_run_is_one_clear_line(
 
 def test_what_is_not_there_yet_is_refused(tiny_llama_dir: Callable[..., Path], plan_tiny: Callable[..., Any]) -> None:
     checkpoint = open_checkpoint(str(tiny_llama_dir(**GEMMA)))
-    with pytest.raises(DsoptError, match=r"--prune: gemma4_text models .*vocab=FILE can"):
+    with pytest.raises(DsoptError, match=r"--prune: layers of gemma4_text .*vocab=FILE works"):
         build.plan(checkpoint, Recipe.parse("none"), Pruning(blocks=1))
     with pytest.raises(DsoptError, match="gemma4 models run on the cpu alone so far"):
         plan_tiny("none", target="cuda", **GEMMA)
