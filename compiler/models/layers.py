@@ -175,11 +175,7 @@ class CappedHead(nn.Linear):
         self.cap = cap
 
     def forward(self, x: Tensor) -> Tensor:
-        return cap_softly(super().forward(x), self.cap)
+        return torch.tanh(super().forward(x) * (1 / self.cap)) * self.cap
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, cap={self.cap}"
-
-
-def cap_softly(logits: Tensor, cap: float) -> Tensor:
-    return torch.tanh(logits * (1 / cap)) * cap

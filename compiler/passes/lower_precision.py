@@ -28,10 +28,6 @@ class LowerPrecision(ir.passes.InPlacePass):
         for value in values:
             if value.dtype == ir.DataType.FLOAT and value.name != "logits" and not _stays(value):
                 self._lower(value)
-        for node in graph:
-            if node.op_type == "Constant" and node.outputs[0].dtype == self.dtype:
-                number = node.attributes["value"].as_tensor().numpy().astype(self.dtype.numpy())
-                node.attributes["value"] = ir.AttrTensor("value", ir.tensor(number, dtype=self.dtype))
         return ir.passes.PassResult(model, modified=True)
 
     def _lower(self, value: ir.Value) -> None:

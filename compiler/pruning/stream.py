@@ -47,8 +47,8 @@ class Stream:
         parts = {name for name, _ in self._blank.named_children()}
         if odd := parts ^ {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}:
             raise DsoptError(
-                f"--prune: layers of {checkpoint.config['model_type']} models are not Llama's ({min(odd)}) and cannot be "
-                "pruned yet, for --draft self neither; vocab=FILE works"
+                f"--prune: layers of {checkpoint.config['model_type']} models are not Llama's ({min(odd)}) and cannot "
+                "be pruned yet, for --draft self neither; vocab=FILE works"
             )
         self._loaded: tuple[int, Any] | None = None
 
