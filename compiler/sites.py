@@ -28,6 +28,7 @@ from dsopt.compiler.quantizers import (
 from dsopt.compiler.recipe import HEAD, Format
 from dsopt.compiler.sensitivity import Observed
 from dsopt.compiler.smoothing import column_maxima, repeat_channels, shared_channels, smoothing_scales
+from dsopt.compiler.stream import BlockStream
 from dsopt.compiler.targets import Target
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.session import PREFILL_CHUNK
@@ -215,7 +216,9 @@ def _price_embedding(
     y = statistics.hidden(0).flatten(0, 1)
     seen = Observed(y, y, y, gradient.flatten(0, 1))
     if table is not None:
-        return seen.cost(table[torch.from_numpy(statistics.windows[: len(gradient)]).flatten()])
+        embedding = BlockStream(checkpoint).blank(lambda model: model.model.embed_tokens)
+        ids = torch.from_numpy(statistics.windows[: len(gradient)]).flatten()
+        return seen.cost(functional_call(embedding, {"weight": table}, ids))
     if is_exact(checkpoint.tensors["model.embed_tokens.weight"], form):
         return 0.0
     return seen.cost(_values(_nearest(y, form), y.shape[1]))

@@ -17,12 +17,16 @@ from safetensors.numpy import load_file, save_file
 from transformers import Gemma4ForCausalLM
 
 from dsopt.compiler import build, passes
+from dsopt.compiler.calibrate import SAMPLE, calibrate
 from dsopt.compiler.checkpoint import open_checkpoint
 from dsopt.compiler.models import gemma4_text
 from dsopt.compiler.pruning.options import Pruning
-from dsopt.compiler.recipe import Recipe
+from dsopt.compiler.recipe import Format, Recipe
 from dsopt.compiler.reference import Reference
 from dsopt.compiler.roles import find_linears
+from dsopt.compiler.sensitivity import sweep_back
+from dsopt.compiler.sites import CPU, Choice, Pricer, price_head
+from dsopt.compiler.stream import BlockStream
 from dsopt.runtime.artifact import Artifact, open_artifact
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.model import Model
@@ -147,6 +151,25 @@ def test_the_text_decoder_of_a_model_that_sees(
     (whole / "config.json").write_text(json.dumps({**above, "text_config": None}))
     with pytest.raises(DsoptError, match="text_config"):
         open_checkpoint(str(whole))
+
+
+def test_a_search_prices_what_the_model_is(tiny_llama_dir: Callable[..., Path]) -> None:
+    """The head with its cap, the table with its scale; what reads normed values is offered no smoothing."""
+    checkpoint = open_checkpoint(str(tiny_llama_dir(**GEMMA)))
+    stream = BlockStream(checkpoint)
+    windows = np.random.default_rng(1).integers(0, 320, (SAMPLE + 1, 24))
+    statistics = calibrate(stream, windows, 1)
+    last = torch.from_numpy(Reference(checkpoint)(windows[0], 24))
+    with torch.no_grad():
+        torch.testing.assert_close(stream.head()(statistics.hidden(3))[0], last, rtol=1e-4, atol=1e-4)
+    pricer = Pricer(checkpoint, statistics, None)
+    gradient = sweep_back(stream, statistics.hidden, pricer)
+    with torch.no_grad():
+        head = price_head(checkpoint, stream.head(), statistics, CPU, gradient, stream.head_weight)
+    assert 0 < head.prices[Choice(Format.parse("int8"))] < 0.1 * head.prices[Choice(Format.parse("int4-zp"))] < 1
+    for site in pricer.sites:
+        assert bool(site.scales) != site.name.endswith("o_proj")
+        assert len(site.modules) == {"q": 2 if site.layer == 2 else 3, "g": 2}.get(site.name.split(".")[-1][0], 1)
 
 
 @pytest.mark.parametrize(
