@@ -39,6 +39,7 @@ from dsopt.compiler.pruning.auto import Choice, choose, measure_times
 from dsopt.compiler.pruning.decide import Cuts, decide
 from dsopt.compiler.pruning.head import choose_head
 from dsopt.compiler.pruning.options import NOTHING, Pruning, full_text
+from dsopt.compiler.pruning.stream import check_prunable
 from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabulary
 from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.self_text import Calibrate
@@ -89,6 +90,8 @@ def plan(
     """
     chosen = probed(target)
     recipe = recipe.with_dtype(chosen.check_dtype(recipe.said_dtype))
+    if pruning.needs_text:
+        check_prunable(checkpoint)
     whole, vocabulary, automatic = checkpoint, None, None
     if pruning.auto:
         automatic = _choose(checkpoint, recipe, pruning, chosen.name, calibrate, report)

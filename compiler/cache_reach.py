@@ -34,7 +34,7 @@ def measure_reach(checkpoint: Checkpoint) -> list[Reach]:
     with torch.inference_mode():
         x = stream.embed(windows)
         for layer in range(stream.depth):
-            x, key, value = stream.block(layer)(x, *stream.state(*x.shape[:2]))
+            x, key, value = stream.block(layer)(x, *stream.state(layer, *x.shape[:2]))
             pairs = torch.hypot(*key.chunk(2, -1)).amax((0, 2))
             reach = torch.cat([pairs, pairs], -1).flatten(), value.abs().amax((0, 2)).flatten()
             found.append(Reach(*(part.numpy() for part in reach)))

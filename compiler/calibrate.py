@@ -123,8 +123,8 @@ def _sweep_block(stream: BlockStream, found: Statistics, layer: int) -> None:
     known = len(hidden) - found.held
     sums = _Sums()
     with observed(block, f"model.layers.{layer}.", sums.add):
-        outputs = [block(part, *stream.state(*part.shape[:2]))[0] for part in hidden[:known].split(_BATCH)]
-    outputs += [block(part, *stream.state(*part.shape[:2]))[0] for part in hidden[known:].split(_BATCH)]
+        outputs = [block(part, *stream.state(layer, *part.shape[:2]))[0] for part in hidden[:known].split(_BATCH)]
+    outputs += [block(part, *stream.state(layer, *part.shape[:2]))[0] for part in hidden[known:].split(_BATCH)]
     _keep(found.directory, layer + 1, {"hidden": torch.cat(outputs)})
     _keep(found.directory, layer, {"hidden": hidden[:SAMPLE], **sums.statistics()})
 

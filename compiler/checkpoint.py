@@ -79,6 +79,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     files: Mapping[str, bytes]
+    left_out: tuple[str, ...] = ()  # tensors of the file that belong to parts other than the text decoder
 
 
 def open_checkpoint(model: str, progress: Progress | None = None) -> Checkpoint:
@@ -91,7 +92,7 @@ def open_checkpoint(model: str, progress: Progress | None = None) -> Checkpoint:
 
     path = Path(model).expanduser()
     if model and path.is_dir():
-        return _open_directory(path)
+        return _tell_left_out(_open_directory(path), progress)
     if model and path.exists():
         return _open_file(path)
     if model in builtin.MODELS:
@@ -101,7 +102,7 @@ def open_checkpoint(model: str, progress: Progress | None = None) -> Checkpoint:
     if _HUB_ID.fullmatch(model):
         from dsopt.compiler.hub import open_hub
 
-        return open_hub(model)
+        return _tell_left_out(open_hub(model), progress)
     raise DsoptError(
         f"no model {model!r}: not a file or directory here; works: a Hugging Face directory, a .gguf file, "
         f"a hub id such as org/name, or a built-in name ({', '.join(builtin.MODELS)})"
@@ -114,6 +115,13 @@ def _open_directory(path: Path) -> Checkpoint:
     if not (path / "config.json").exists() and (found := sorted(path.glob("*.gguf"))):
         raise DsoptError(f"{path} has no config.json but GGUF files; name one of them, as {found[0]}")
     return open_safetensors_dir(path, kind="huggingface", name=path.resolve().name)
+
+
+def _tell_left_out(checkpoint: Checkpoint, progress: Progress | None) -> Checkpoint:
+    if checkpoint.left_out and progress:
+        parts = sorted({name.removeprefix("model.").partition(".")[0] for name in checkpoint.left_out})
+        progress(f"text only: {len(checkpoint.left_out)} tensors of {', '.join(parts)} are left out")
+    return checkpoint
 
 
 def _open_file(path: Path) -> Checkpoint:

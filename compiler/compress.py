@@ -16,6 +16,7 @@ from dsopt.compiler.chains import Body
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.corpus import HELD
 from dsopt.compiler.kernel_table import KernelTable
+from dsopt.compiler.models import kinds_of
 from dsopt.compiler.profile import measure
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.search import (
@@ -75,7 +76,8 @@ def study(
     config = stream.config
     with stage("calibrating") as progress:
         statistics = calibrate(stream, windows, HELD, progress)
-    pricer = Pricer(checkpoint, statistics, config.num_attention_heads, config.num_key_value_heads, setting.arithmetic)
+    heads = None if config.norms_values else (config.num_attention_heads, config.num_key_value_heads)
+    pricer = Pricer(checkpoint, statistics, heads, setting.arithmetic)
     with stage("pricing errors") as progress:
         gradient = sweep_back(stream, statistics.hidden, pricer, progress=progress)
     head = stream.head()
@@ -93,8 +95,9 @@ def _table(sites: list[Site], config: Any, goal: Goal, setting: Setting, progres
     shapes = list(dict.fromkeys((site.n, site.k) for site in sites))
     # Kernels that take four rows at a time read their weights twice for five: no line from four to eight shows it.
     rows = sorted({1, 5, 8, 128, *rows_of(goal.workload, setting.target)})
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    body = Body(config.hidden_size, config.intermediate_size, heads, kv_heads, config.head_dim)
+    first = config.layer(0)  # where layers differ, most are like it
+    heads, kv_heads = first.num_attention_heads, first.num_key_value_heads
+    body = Body(config.hidden_size, config.intermediate_size, heads, kv_heads, first.head_dim)
     forms = list(dict.fromkeys(choice.format for site in sites for choice in site.prices))
     return measure(shapes, rows, forms, target=setting.target, dtype=setting.dtype, body=body, progress=progress)
 
@@ -268,5 +271,5 @@ def _fixed_bytes(checkpoint: Checkpoint, found: Study) -> int:
     config = BlockStream(checkpoint).config
     width = found.table.float_bytes
     norms = sum(width * tensor.shape[0] for tensor in checkpoint.tensors.values() if len(tensor.shape) == 1)
-    tables = width * config.max_position_embeddings * config.head_dim
+    tables = sum(width * kind.max_position_embeddings * kind.head_dim for kind in kinds_of(config))
     return norms + tables + 2500 * len(found.sites) + (1 << 16)

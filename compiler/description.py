@@ -11,6 +11,7 @@ import onnx_ir as ir
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.fp8 import Fp8Tensor
 from dsopt.compiler.gguf import FLOAT_TYPES, GgufTensor
+from dsopt.compiler.models import family_name
 from dsopt.compiler.passes.quantize_linears import is_exact, module_name
 from dsopt.compiler.passes.tie_embeddings import EMBEDDING
 from dsopt.compiler.recipe import HEAD, Format, Recipe
@@ -69,18 +70,27 @@ def with_rows(node: dict[str, Any], recipe: Recipe, vocab: int) -> dict[str, Any
     return {**node, "bytes": recipe.format("head", HEAD).nbytes(vocab, node["shape"][1], recipe.float_bytes)}
 
 
-def describe_sizes(model: ir.Model, config: Any) -> dict[str, int]:
+def _cache_shape(attention: ir.Node) -> ir.Shape:
+    past = attention.inputs[3]
+    assert past is not None
+    assert past.shape is not None
+    return past.shape
+
+
+def describe_sizes(model: ir.Model, config: Any) -> dict[str, Any]:
     """The manifest's `model`. Layers are those with a cache, which is what a runtime allocates; see `pruning`."""
     attentions = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
     if not attentions:
         raise DsoptError("--prune: no attention would be left; ask for less")
     weights = [value.const_value for value in model.graph.initializers.values() if value.const_value is not None]
+    caches = [[int(size) for size in (shape[1], shape[3])] for shape in map(_cache_shape, attentions)]  # type: ignore[arg-type]
     return {
         "layers": len(attentions),
         "hidden_size": config.hidden_size,
         "heads": attentions[0].attributes["num_heads"].as_int(),
-        "kv_heads": attentions[0].attributes["kv_num_heads"].as_int(),
-        "head_dim": config.head_dim,
+        "kv_heads": caches[0][0],
+        "head_dim": caches[0][1],
+        **({} if caches == caches[:1] * len(caches) else {"caches": caches}),
         "vocab_size": config.vocab_size,
         "context_length": config.max_position_embeddings,
         "parameters": sum(weight.size for weight in weights if isinstance(weight, Weight)),
@@ -92,7 +102,7 @@ def make_manifest(
     config: Any,
     recipe: str,
     target: str,
-    sizes: dict[str, int],
+    sizes: dict[str, Any],
     nodes: list[dict[str, Any]],
     pruning: Mapping[str, Any] | None,
 ) -> Manifest:
@@ -102,7 +112,7 @@ def make_manifest(
         name=source.name,
         recipe=recipe,
         target=target,
-        family=str(checkpoint.config["model_type"]),
+        family=family_name(str(checkpoint.config["model_type"])),
         source={"kind": source.kind, "name": source.name, "sha256": source.sha256},
         model=sizes,
         bos=bos,

@@ -1,6 +1,6 @@
 """From a family's torch code to one ONNX graph without weights.
 
-Each distinct block is traced once under fake tensors and stitched as often as the model has layers, so the time
+Each distinct block is traced once under fake tensors and stitched wherever the model has one like it, so the time
 does not grow with the depth and no weight is in memory. Names and shapes of inputs and outputs follow
 onnxruntime-genai's contract (its `genai_config.json` documentation), with one more input of dsopt's own:
 `logits_start`, an initializer that a caller may override, so that a prefill computes the logits of one row.
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dsopt.compiler.models import kinds_of
 from dsopt.compiler.passes.fold_shapes import FoldShapes
 from dsopt.compiler.weights import initializer
 
@@ -34,33 +35,55 @@ def export(build: Callable[[Any], nn.Module], config: Any, taps: Sequence[int] =
     hidden state behind the layer, both residuals added. Drafters read them. Weight initializers are named as in the
     checkpoint and have no content yet; the rotary tables have theirs.
     """
-    # Untied, or the one parameter of embedding and head would appear under one name only; one layer is enough.
-    one_block = dataclasses.replace(config, num_hidden_layers=1, tie_word_embeddings=False)
+    # Untied, or the one parameter of embedding and head would appear under one name only.
+    config = dataclasses.replace(config, tie_word_embeddings=False)
+    kinds = kinds_of(config)
     with FakeTensorMode():
-        graph = trace(_Parts(build(one_block)), _example(one_block), named=3)
-    return _Stitcher(config, graph).stitch(taps)
+        graph = trace(_Parts([build(kind) for kind in kinds]), _example(kinds), named=_NAMED)
+    return _Stitcher(config, kinds, graph).stitch(taps)
+
+
+_NAMED = 5  # inputs of `_Parts` before those that each kind of block has
 
 
 class _Parts(nn.Module):
-    """Embedding, one block and head side by side, unconnected: one trace for all (each costs a second of set-up)."""
+    """Embedding, head and the kinds of blocks side by side, unconnected: one trace for all (each costs a second of
+    set-up)."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, models: Sequence[Any]) -> None:
         super().__init__()
-        self.embed, self.block = model.model.embed_tokens, model.model.layers[0]
-        self.norm, self.lm_head = model.model.norm, model.lm_head
+        first = models[0]
+        self.embed, self.norm, self.lm_head = first.model.embed_tokens, first.model.norm, first.lm_head
+        for kind, model in enumerate(models):
+            self.add_module(f"block{kind}", model.model.layers[0])
+        self._kinds = len(models)
 
-    def forward(self, ids: torch.Tensor, last: torch.Tensor, x: torch.Tensor, *state: torch.Tensor) -> Any:
-        return self.embed(ids), self.lm_head(self.norm(last)), *self.block(x, *state)
+    def forward(
+        self,
+        ids: torch.Tensor,
+        last: torch.Tensor,
+        x: torch.Tensor,
+        lengths: torch.Tensor,
+        total: torch.Tensor,
+        *state: torch.Tensor,
+    ) -> Any:
+        made = [self.embed(ids), self.lm_head(self.norm(last))]
+        for kind in range(self._kinds):
+            key, value, cos, sin = state[4 * kind : 4 * kind + 4]
+            made += self.get_submodule(f"block{kind}")(x, key, value, lengths, total, cos, sin)
+        return made
 
 
-def _example(config: Any) -> "Example":
+def _example(kinds: Sequence[Any]) -> "Example":
     """Inputs of `_Parts` and, for each, the dimensions that are free."""
     ids = (torch.empty(2, 3, dtype=torch.int64), (0, 1))
-    hidden = [(torch.empty(2, 3, config.hidden_size), (0, 1)) for _ in range(2)]
-    cache = [(torch.empty(2, config.num_key_value_heads, 4, config.head_dim), (0, 2)) for _ in range(2)]
+    hidden = [(torch.empty(2, 3, kinds[0].hidden_size), (0, 1)) for _ in range(2)]
     lengths, total = (torch.empty(2, dtype=torch.int32), (0,)), (torch.empty((), dtype=torch.int32), ())
-    tables = [(torch.empty(config.max_position_embeddings, config.head_dim // 2), ()) for _ in range(2)]
-    return [ids, *hidden, *cache, lengths, total, *tables]
+    state: Example = []
+    for kind in kinds:
+        state += [(torch.empty(2, kind.num_key_value_heads, 4, kind.head_dim), (0, 2)) for _ in range(2)]
+        state += [(torch.empty(kind.max_position_embeddings, kind.head_dim // 2), ()) for _ in range(2)]
+    return [ids, *hidden, lengths, total, *state]
 
 
 Example = list[tuple[torch.Tensor, tuple[int, ...]]]
@@ -99,25 +122,31 @@ def _quiet() -> Iterator[None]:
 class _Stitcher:
     """Builds the decoder graph: mask arithmetic, embedding, the block for each layer, the head."""
 
-    def __init__(self, config: Any, traced: ir.Graph) -> None:
-        self.config = config
+    def __init__(self, config: Any, kinds: Sequence[Any], traced: ir.Graph) -> None:
+        self.config, self.kinds = config, kinds
         self.graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, DOMAIN: 1}, name="decoder")
         self.names: set[str] = set()
-        ids, last, *block = traced.inputs
-        embedded, logits, *block_outputs = traced.outputs
+        ids, last, x, lengths, total, *state = traced.inputs
+        embedded, logits, *made = traced.outputs
         self.embed = _Part(traced, [ids], [embedded], {"embed": "model.embed_tokens"})
-        self.block = _Part(traced, block, block_outputs, {"block": ""})
+        self.blocks = []
+        for kind in range(len(kinds)):
+            key, value, *tables = state[4 * kind : 4 * kind + 4]
+            inputs, outputs = [x, key, value, lengths, total, *tables], made[3 * kind : 3 * kind + 3]
+            self.blocks.append(_Part(traced, inputs, outputs, {f"block{kind}": ""}))
         self.head = _Part(traced, [last], [logits], {"norm": "model.norm", "lm_head": "lm_head"})
 
     def stitch(self, taps: Sequence[int]) -> ir.Model:
         ids = self._input("input_ids", ir.DataType.INT64, ["batch", "sequence"])
-        state = self._mask_arithmetic()
+        lengths, tables = self._mask_arithmetic(), [self._tables(number) for number in range(len(self.kinds))]
         (x,) = self._append(self.embed, "", [ids])
         presents: list[ir.Value] = []
         hidden = {-1: x}
         for layer in range(self.config.num_hidden_layers):
             past = [self._cache_input(layer, part) for part in ("key", "value")]
-            x, *present = self._append(self.block, f"model.layers.{layer}", [x, *past, *state])
+            kind = self.kinds.index(self.config.layer(layer))
+            inputs = [x, *past, *lengths, *tables[kind]]
+            x, *present = self._append(self.blocks[kind], f"model.layers.{layer}", inputs)
             hidden[layer] = x
             presents += [self._cache_output(layer, *pair) for pair in zip(("key", "value"), present, strict=True)]
         self.graph.outputs.append(self._logits(x))
@@ -131,12 +160,14 @@ class _Stitcher:
         return value
 
     def _cache_input(self, layer: int, part: str) -> ir.Value:
-        shape = ["batch", self.config.num_key_value_heads, "past_length", self.config.head_dim]
+        own = self.config.layer(layer)
+        shape = ["batch", own.num_key_value_heads, "past_length", own.head_dim]
         return self._input(f"past_key_values.{layer}.{part}", ir.DataType.FLOAT, shape)
 
     def _cache_output(self, layer: int, part: str, value: ir.Value) -> ir.Value:
+        own = self.config.layer(layer)
         value.name = f"present.{layer}.{part}"
-        value.shape = ir.Shape(["batch", self.config.num_key_value_heads, "total_length", self.config.head_dim])
+        value.shape = ir.Shape(["batch", own.num_key_value_heads, "total_length", own.head_dim])
         value.type = ir.TensorType(ir.DataType.FLOAT)
         return value
 
@@ -149,7 +180,7 @@ class _Stitcher:
         return node.outputs[0]
 
     def _mask_arithmetic(self) -> list[ir.Value]:
-        """attention_mask [batch, total] -> seqlens_k int32 [batch], total length int32 [], and the rotary tables."""
+        """attention_mask [batch, total] -> seqlens_k int32 [batch], total length int32 []."""
         mask = self._input("attention_mask", ir.DataType.INT64, ["batch", "total_length"])
         one = self._constant("constant.one", np.array([1], np.int64))
         ones = self._node("ReduceSum", [mask, one], "attention_mask.sum", keepdims=0)
@@ -158,10 +189,13 @@ class _Stitcher:
         shape = self._node("Shape", [mask], "attention_mask.shape", start=1, end=2)
         length = self._node("Squeeze", [shape], "attention_mask.length")
         total = self._node("Cast", [length], "total_length", to=ir.DataType.INT32)
-        with torch._subclasses.fake_tensor.unset_fake_temporarily():
-            cos, sin = self.config.rotary(self.config.max_position_embeddings)
-        tables = [self._constant(f"rotary.{n}", t.numpy()) for n, t in (("cos", cos), ("sin", sin))]
-        return [seqlens_k, total, *tables]
+        return [seqlens_k, total]
+
+    def _tables(self, number: int) -> list[ir.Value]:
+        """Cosines and sines of a kind of block."""
+        kind, prefix = self.kinds[number], f"rotary.{number}" if number else "rotary"
+        tables = zip(("cos", "sin"), kind.rotary(kind.max_position_embeddings), strict=True)
+        return [self._constant(f"{prefix}.{name}", table.numpy()) for name, table in tables]
 
     def _logits(self, x: ir.Value) -> ir.Value:
         start = self._constant("logits_start", np.array([0], np.int64))

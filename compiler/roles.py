@@ -12,13 +12,18 @@ import onnx_ir as ir
 from dsopt.runtime.errors import DsoptError
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down", "head")
+GATES = ("Sigmoid", "Gelu")  # what makes a gate of its projection
 GROUPS = {"qkv": ("q", "k", "v"), "attn": ("q", "k", "v", "o"), "mlp": ("gate", "up", "down")}
 HEAD_NORM = ("Reshape", "RMSNormalization", "Reshape")
+_CAP = ("Mul", "Tanh", "Mul")  # between head and logits, where those are capped
 
 
 @dataclass(frozen=True)
 class Linear:
-    """y = x W^T: a FusedMatMul whose second input is the weight, float32 [N, K] as in the checkpoint."""
+    """y = x W^T: a FusedMatMul whose second input is the weight, float32 [N, K] as in the checkpoint.
+
+    The k of a layer without v makes its values too.
+    """
 
     node: ir.Node
     role: str
@@ -76,15 +81,14 @@ def _is_tied(weight: ir.Value, role: str) -> bool:
 def _proved(node: ir.Node) -> str | None:
     """The role by topology alone."""
     output, source = node.outputs[0], node.inputs[0]
-    if output.is_graph_output():
+    if _is_logits(output):
         return "head"
-    for use in _behind_head_norm(output).uses():
-        if use.node.op_type == "GroupQueryAttention" and use.idx < 3:
-            return "qkv"[use.idx]
+    if attended := _attended(output):
+        return {(0,): "q", (1,): "k", (1, 2): "k", (2,): "v"}.get(tuple(sorted(attended)))
     producer = source.producer() if source is not None else None
     if producer is not None and producer.op_type == "GroupQueryAttention":
         return "o"
-    if any(use.node.op_type == "Sigmoid" for use in output.uses()):
+    if any(use.node.op_type in GATES for use in output.uses()):
         return "gate"
     if producer is not None and producer.op_type == "Mul":
         return "down"
@@ -93,12 +97,24 @@ def _proved(node: ir.Node) -> str | None:
     return None
 
 
-def _behind_head_norm(value: ir.Value) -> ir.Value:
-    """The value that attention reads where query and key are normed by head: Reshape, RMSNormalization, Reshape."""
-    found = value
-    for op in HEAD_NORM:
-        uses = list(found.uses())
-        if len(uses) != 1 or uses[0].idx != 0 or uses[0].node.op_type != op:
-            return value
-        found = uses[0].node.outputs[0]
+def _is_logits(value: ir.Value) -> bool:
+    for op in _CAP:
+        uses = list(value.uses())
+        if len(uses) != 1 or uses[0].node.op_type != op:
+            break
+        value = uses[0].node.outputs[0]
+    return value.is_graph_output()
+
+
+def _attended(value: ir.Value) -> set[int]:
+    """As which inputs of attention (0 query, 1 key, 2 value) it is read: straight, or through a norm by heads."""
+    found = set()
+    for use in value.uses():
+        for op in HEAD_NORM:
+            following = list(use.node.outputs[0].uses())
+            if use.node.op_type != op or use.idx != 0 or len(following) != 1:
+                break
+            use = following[0]
+        if use.node.op_type == "GroupQueryAttention" and use.idx < 3:
+            found.add(use.idx)
     return found

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from dsopt.compiler.checkpoint import Checkpoint, Source, Tensor
 from dsopt.compiler.fp8 import DTYPE as FP8
 from dsopt.compiler.fp8 import join_scales, read_codes, read_square
+from dsopt.compiler.text_part import text_part
 from dsopt.runtime.errors import DsoptError
 
 SINGLE = "model.safetensors"
@@ -57,7 +58,7 @@ def open_safetensors_dir(path: Path, *, kind: str, name: str) -> Checkpoint:
     shards = {tensor.path for tensor in stored.values()}
     beside = [p for p in (path / "config.json", *(path / file for file in files)) if p.exists()]
     source = Source(kind, name, path, content=tuple(sorted({*shards, *beside})))
-    return Checkpoint(source, config, tensors, files)
+    return text_part(Checkpoint(source, config, tensors, files))
 
 
 def read_json(path: Path, hint: str = "a model directory needs it") -> dict[str, Any]:

@@ -61,7 +61,7 @@ def sweep_back(
             seen[module] = (x.detach(), y)
 
         with observed(block, f"model.layers.{layer}.", keep):
-            block(x, *stream.state(*x.shape[:2]))[0].backward(gradient)
+            block(x, *stream.state(layer, *x.shape[:2]))[0].backward(gradient)
         assert x.grad is not None
         gradient = x.grad
         weights = {f"model.layers.{layer}.{name}": module.weight for name, module in _linears(block)}

@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from dsopt.compiler.calibrate import InputStatistics, Statistics
 from dsopt.compiler.checkpoint import Checkpoint
@@ -27,6 +28,7 @@ from dsopt.compiler.quantizers import (
 from dsopt.compiler.recipe import HEAD, Format
 from dsopt.compiler.sensitivity import Observed
 from dsopt.compiler.smoothing import column_maxima, repeat_channels, shared_channels, smoothing_scales
+from dsopt.compiler.stream import BlockStream
 from dsopt.compiler.targets import Target
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.session import PREFILL_CHUNK
@@ -108,9 +110,15 @@ class Pricer:
     """Prices the sites of each layer as a sweep back passes it (`sensitivity.sweep_back` calls it)."""
 
     def __init__(
-        self, checkpoint: Checkpoint, statistics: Statistics, heads: int, kv_heads: int, arithmetic: Arithmetic = CPU
+        self,
+        checkpoint: Checkpoint,
+        statistics: Statistics,
+        heads: tuple[int, int] | None,
+        arithmetic: Arithmetic = CPU,
     ) -> None:
-        self.checkpoint, self.statistics, self.heads = checkpoint, statistics, (heads, kv_heads)
+        """`heads`: of queries, of keys and values; None where values are normed, so that o_proj's inputs cannot be
+        smoothed by the rows of v_proj."""
+        self.checkpoint, self.statistics, self.heads = checkpoint, statistics, heads
         self.arithmetic = arithmetic
         self.sites: list[Site] = []
 
@@ -144,13 +152,14 @@ class Pricer:
     def _price_smoothed(self, site: Site, linears: list[Observed], inputs: InputStatistics, form: Format) -> None:
         maxima = column_maxima([linear.w for linear in linears])
         site.prices[Choice(form)] = _dynamic(linears, torch.ones_like(maxima), per_token=form.per_token)
-        absmax = inputs.absmax
-        is_context = site.name.endswith("o_proj")
-        if is_context:
-            absmax, maxima = shared_channels(absmax, *self.heads), shared_channels(maxima, *self.heads)
+        absmax, heads = inputs.absmax, self.heads if site.name.endswith("o_proj") else None
+        if site.name.endswith("o_proj") and heads is None:
+            return
+        if heads:
+            absmax, maxima = shared_channels(absmax, *heads), shared_channels(maxima, *heads)
         for alpha in ALPHAS[str(form)]:
             scales = smoothing_scales(absmax, maxima, alpha)
-            whole = repeat_channels(scales, *self.heads) if is_context else scales
+            whole = repeat_channels(scales, *heads) if heads else scales
             site.scales[alpha] = scales
             site.prices[Choice(form, alpha)] = _dynamic(linears, whole, per_token=form.per_token)
 
@@ -180,7 +189,7 @@ def price_head(
     assert isinstance(linear, torch.nn.Linear)
     x = norm(statistics.hidden(statistics.depth)[:, ::4]).flatten(0, 1)
     w = linear.weight
-    log_p = (x @ w.T).log_softmax(-1)
+    log_p = linear(x).log_softmax(-1)
     n, k = w.shape
     site = Site(HEAD, (HEAD,), None, n, k, copies=2 if name == f"{HEAD}.weight" else 1)
     factor = cache(lambda: inverse_factor(statistics.input(HEAD).gram, 1))
@@ -189,7 +198,7 @@ def price_head(
             continue
         seen, exact = [Observed(x, w, x, x)], [is_exact(checkpoint.tensors[name], form)]
         rounded = _rounded(seen, exact, form, factor, arithmetic.floats)[0]
-        log_q = (arithmetic.inputs(x, form) @ rounded.T).log_softmax(-1)
+        log_q = functional_call(linear, {"weight": rounded}, arithmetic.inputs(x, form)).log_softmax(-1)
         price = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
         if form.kernel == "nbits":  # beside any other head the embedding stays float
             table = rounded if site.copies == 1 else None
@@ -207,7 +216,9 @@ def _price_embedding(
     y = statistics.hidden(0).flatten(0, 1)
     seen = Observed(y, y, y, gradient.flatten(0, 1))
     if table is not None:
-        return seen.cost(table[torch.from_numpy(statistics.windows[: len(gradient)]).flatten()])
+        embedding = BlockStream(checkpoint).blank(lambda model: model.model.embed_tokens)
+        ids = torch.from_numpy(statistics.windows[: len(gradient)]).flatten()
+        return seen.cost(functional_call(embedding, {"weight": table}, ids))
     if is_exact(checkpoint.tensors["model.embed_tokens.weight"], form):
         return 0.0
     return seen.cost(_values(_nearest(y, form), y.shape[1]))

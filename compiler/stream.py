@@ -4,7 +4,6 @@ The eager torch code of the family does the arithmetic, so whatever is learnt he
 gradients) is learnt about the very function that the graph computes.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -36,16 +35,17 @@ class BlockStream:
         used, inverse = np.unique(ids, return_inverse=True)
         tensor = self._tensor("model.embed_tokens.weight")
         rows = np.concatenate([tensor.read(int(i), int(i) + 1) for i in used])
-        return torch.from_numpy(rows[inverse.reshape(ids.shape)])
+        embedding = self.blank(lambda model: model.model.embed_tokens)
+        embedding.weight = nn.Parameter(torch.from_numpy(rows), requires_grad=False)
+        return embedding(torch.from_numpy(inverse.reshape(ids.shape)))
 
     def block(self, layer: int) -> nn.Module:
         """The block of one layer, `forward(x, *state(...))`; its parameters take no gradient."""
-        prefix = f"model.layers.{layer}."
-        return self._filled(lambda model: model.model.layers[0], prefix)
+        return self._filled(self.blank(layer=layer), f"model.layers.{layer}.")
 
-    def state(self, windows: int, tokens: int) -> list[Tensor]:
-        """What a block wants beside its input, for sequences that start at position 0."""
-        config = self.config
+    def state(self, layer: int, windows: int, tokens: int) -> list[Tensor]:
+        """What a layer's block wants beside its input, for sequences that start at position 0."""
+        config = self.config.layer(layer)
         empty = torch.empty(windows, config.num_key_value_heads, 0, config.head_dim)
         lengths, total = torch.full((windows,), tokens - 1, dtype=torch.int32), torch.tensor(tokens, dtype=torch.int32)
         return [empty, empty, lengths, total, *config.rotary(tokens)]
@@ -57,21 +57,22 @@ class BlockStream:
 
     def norm(self) -> nn.Module:
         """The norm before the head."""
-        return self._filled(lambda model: model.model.norm, "model.norm.")
+        return self._filled(self.blank(lambda model: model.model.norm), "model.norm.")
 
     def head(self) -> nn.Sequential:
         """Final norm and head: hidden states [..., width] -> logits [..., vocab]."""
-        linear = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False, device="meta")
+        linear = self.blank(lambda model: model.lm_head)
         linear.load_state_dict({"weight": torch.from_numpy(self._tensor(self.head_weight).read())}, assign=True)
         return nn.Sequential(self.norm(), linear).requires_grad_(False)
 
-    def blank(self, part: Callable[[Any], nn.Module] = lambda model: model.model.layers[0]) -> nn.Module:
-        """A part of the model, a block unless said, without weights."""
+    def blank(
+        self, part: Callable[[Any], nn.Module] = lambda model: model.model.layers[0], layer: int = 0
+    ) -> nn.Module:
+        """A part of the model, a layer's block unless said, without weights."""
         with torch.device("meta"):
-            return part(self.family.Model(dataclasses.replace(self.config, num_hidden_layers=1)))
+            return part(self.family.Model(self.config.layer(layer)))
 
-    def _filled(self, part: Callable[[Any], nn.Module], prefix: str) -> nn.Module:
-        module = self.blank(part)
+    def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
         state = {name: torch.from_numpy(self._tensor(prefix + name).read()) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)

@@ -64,6 +64,7 @@ _FLOAT_OPERATORS = (
     "Unsqueeze",
     "Cast",
 )
+_CPU_OPERATORS = ("AveragePool", "Abs", "ReduceMax", "Max", "Div", "Pad", "Gelu", "Tanh")
 _INTEGER_OPERATORS = ("ReduceSum", "Sub", "Shape", "Squeeze", "TopK", "Constant")
 
 
@@ -79,7 +80,7 @@ TARGETS = {
             "CPUExecutionProvider",
             "cpu",
             {"fp32": ("none", "w8a8", "w8a8-token", *_NBITS)},
-            _operators("fp32") | dict.fromkeys(("AveragePool", "Abs", "ReduceMax", "Max", "Div", "Pad"), ("fp32",)),
+            _operators("fp32") | dict.fromkeys(_CPU_OPERATORS, ("fp32",)),
             largest_head=1 << 16,
             caches=("float", "int8"),
         ),

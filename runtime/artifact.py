@@ -45,7 +45,9 @@ class Manifest:
     target: str  # execution provider it was made for: cpu
     family: str
     source: Mapping[str, str]  # kind, name, sha256 of the checkpoint
-    model: Mapping[str, int]  # layers, hidden_size, heads, kv_heads, head_dim, vocab_size, context_length, parameters
+    # layers, hidden_size, heads, kv_heads, head_dim, vocab_size, context_length, parameters. Where layers have caches
+    # of several shapes also `caches`, [kv_heads, head_dim] of each: kv_heads and head_dim are then the first layer's.
+    model: Mapping[str, Any]
     bos: int | None
     eos: tuple[int, ...]
     nodes: tuple[Mapping[str, Any], ...]  # name, role, layer, shape, format, bytes
@@ -86,6 +88,11 @@ def _check_values(raw: Mapping[str, Any], where: Path) -> None:
         _require(_has(raw, {name: str}), name, "a text", where)
     for name, inner in _OBJECTS.items():
         _require(_has(raw[name], inner), name, f"an object{_listed(inner)}", where)
+    caches = raw["model"].get("caches", [])
+    good = isinstance(caches, list) and all(
+        isinstance(cache, list) and [type(size) for size in cache] == [int, int] for cache in caches
+    )
+    _require(good and len(caches) in (0, raw["model"]["layers"]), "caches", "a list of two integers a layer", where)
     for name, kind in (("eos", int), ("nodes", dict), ("drafters", str), ("taps", int)):
         good = isinstance(raw[name], list) and all(type(value) is kind for value in raw[name])
         _require(good, name, f"a list ({_NAMES[kind]} each)", where)

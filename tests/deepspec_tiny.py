@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from gemma_tiny import GEMMA
 from safetensors.numpy import load_file, save_file
 from torch import Tensor
-from transformers import Qwen3Config
+from transformers import Gemma4TextConfig, Qwen3Config
+from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm, Gemma4TextRotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
@@ -32,6 +34,13 @@ BLOCK = {
 }  # fmt: skip
 DSPARK = {**BLOCK, "enable_confidence_head": True, "markov_rank": 32}
 ONE = {"num_hidden_layers": 1}  # a trace takes as long as there are layers
+# Layers that see all and a window by turns; a drafter's see all, and its file says more about rotation than there is.
+GEMMA4 = GEMMA | {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+GEMMA_ONE = ONE | {
+    "layer_types": ["full_attention"],
+    "rope_parameters": GEMMA["rope_parameters"] | {"rope_theta": None, "rope_type": "default"},
+}
+GEMMA_TWO = GEMMA_ONE | {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}
 LLAMA = TARGET | {"model_type": "llama"}
 # By name: the target's own fields, and the drafter's.
 DRAFTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -42,6 +51,13 @@ DRAFTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "dflash": (LLAMA, BLOCK | ONE | {"head_norms": False}),
     "eagle3": (TARGET, ONE | {"architectures": ["Qwen3Eagle3Model"], "ttt_length": 4, "target_layer_ids": [0, 2],
                               "step_loss_decay": 0.8}),
+    "gemma-vanilla": (GEMMA4, DSPARK | GEMMA_TWO | {"markov_head_type": "vanilla",
+                                                    "confidence_head_with_markov": True}),
+    "gemma-gated": (GEMMA4, DSPARK | GEMMA_ONE | {"markov_head_type": "gated", "confidence_head_with_markov": False}),
+    "gemma-rnn": (GEMMA4, DSPARK | GEMMA_ONE | {"markov_head_type": "rnn", "confidence_head_with_markov": True}),
+    "gemma-dflash": (GEMMA4, BLOCK | GEMMA_ONE),
+    "gemma-eagle3": (GEMMA4, GEMMA_ONE | {"architectures": ["Gemma4Eagle3Model"], "ttt_length": 4,
+                                          "target_layer_ids": [0, 2]}),
     "eagle3-llama": (LLAMA, ONE | {"ttt_length": 4, "target_layer_ids": [0, 2], "head_norms": False}),
 }  # fmt: skip
 
@@ -49,8 +65,10 @@ DRAFTERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def draft_weights(config: dict[str, Any], target: dict[str, np.ndarray], seed: int = 7) -> dict[str, np.ndarray]:
     """Random float32 weights with the names and shapes of DeepSpec; embedding and head are the target's."""
     rng = np.random.default_rng(seed)
-    hidden, wide, head = config["hidden_size"], config["intermediate_size"], config["head_dim"]
-    query, key = config["num_attention_heads"] * head, config["num_key_value_heads"] * head
+    hidden, wide, gemma = config["hidden_size"], config["intermediate_size"], config["model_type"] == "gemma4_text"
+    names = ("global_head_dim", "num_global_key_value_heads") if gemma else ("head_dim", "num_key_value_heads")
+    head, groups = (config[name] for name in names)
+    query, key = config["num_attention_heads"] * head, groups * head
     eagle = "ttt_length" in config
     reads = 2 * hidden if eagle else hidden
     layer = {
@@ -61,6 +79,9 @@ def draft_weights(config: dict[str, Any], target: dict[str, np.ndarray], seed: i
     }  # fmt: skip
     if config.get("head_norms", True):
         layer |= {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}
+    if gemma:
+        del layer["self_attn.v_proj"]
+        layer |= {f"{place}_feedforward_layernorm": (hidden,) for place in ("pre", "post")}
     shapes: dict[str, tuple[int, ...]] = {"fc": (hidden, len(config["target_layer_ids"]) * hidden), "norm": (hidden,)}
     if eagle:
         layer["hidden_norm"] = (hidden,)
@@ -79,6 +100,8 @@ def draft_weights(config: dict[str, Any], target: dict[str, np.ndarray], seed: i
         width = hidden + config["confidence_head_with_markov"] * config["markov_rank"]
         shapes["confidence_head.proj"], biases["confidence_head.proj"] = (1, width), (1,)
     made = {f"{n}.weight": rng.normal(0, 0.3, s) + (len(s) == 1) for n, s in shapes.items()}
+    if gemma:
+        made |= {f"layers.{i}.layer_scalar": rng.normal(1, 0.3, 1) for i in range(config["num_hidden_layers"])}
     made |= {f"{n}.bias": rng.normal(0, 0.3, s) for n, s in biases.items()}
     embedding = target["model.embed_tokens.weight"]
     own = {"embed_tokens.weight": embedding, "lm_head.weight": target.get("lm_head.weight", embedding)}
@@ -96,14 +119,36 @@ def write_drafter(folder: Path, target: Path, fields: dict[str, Any], **changes:
     return folder
 
 
+def open_reference(folder: Path) -> "Reference":
+    config = json.loads((folder / "config.json").read_text())
+    return (GemmaReference if config["model_type"] == "gemma4_text" else Reference)(folder)
+
+
 class Reference:
     """The forward pass of a checkpoint of DeepSpec as its training does it."""
 
     def __init__(self, folder: Path) -> None:
         self.config = json.loads((folder / "config.json").read_text())
         self.weights = {n: torch.from_numpy(w) for n, w in load_file(folder / "model.safetensors").items()}
+        self.head, self.scale = self.config["head_dim"], self.config["head_dim"] ** -0.5
+        self._rotary = self._make_rotary()
+
+    def _make_rotary(self) -> Any:
         fields = {k: v for k, v in self.config.items() if k not in ("architectures", "layer_types")}
-        self._rotary = Qwen3RotaryEmbedding(Qwen3Config(**fields))
+        return Qwen3RotaryEmbedding(Qwen3Config(**fields))
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return self.weights["embed_tokens.weight"][ids]
+
+    def _head(self, rows: Tensor) -> Tensor:
+        return self._linear("lm_head", rows)
+
+    def _values(self, layer: str, seen: Tensor) -> Tensor:
+        return self._heads(layer, "v", seen)
+
+    def _finish(self, layer: str, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + attended
+        return x + self._mlp(layer, self._norm(f"{layer}.post_attention_layernorm", x))
 
     def _norm(self, name: str, x: Tensor) -> Tensor:
         if f"{name}.weight" not in self.weights:
@@ -116,25 +161,28 @@ class Reference:
         return F.linear(x, self.weights[f"{name}.weight"], self.weights.get(f"{name}.bias"))
 
     def _heads(self, layer: str, part: str, x: Tensor) -> Tensor:
-        return self._linear(f"{layer}.self_attn.{part}_proj", x).unflatten(-1, (-1, self.config["head_dim"]))
+        return self._linear(f"{layer}.self_attn.{part}_proj", x).unflatten(-1, (-1, self.head))
 
     def _attend(self, layer: str, read: Tensor, seen: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
         """Rows `read` look at rows `seen`, of which the last are themselves; `positions` of seen."""
         query = self._norm(f"{layer}.self_attn.q_norm", self._heads(layer, "q", read)).transpose(0, 1)[None]
         key = self._norm(f"{layer}.self_attn.k_norm", self._heads(layer, "k", seen)).transpose(0, 1)[None]
-        value = self._heads(layer, "v", seen).transpose(0, 1)[None]
+        value = self._values(layer, seen).transpose(0, 1)[None]
         cos, sin = self._rotary(value, positions[None])
         padded = F.pad(query, (0, 0, len(seen) - len(read), 0))  # the rows of queries stand last
         query, key = apply_rotary_pos_emb(padded, key, cos, sin)
         groups = query.shape[1] // key.shape[1]
-        scores = query[:, :, -len(read) :] @ repeat_kv(key, groups).mT * self.config["head_dim"] ** -0.5
+        scores = query[:, :, -len(read) :] @ repeat_kv(key, groups).mT * self.scale
         weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
         mixed = (weights @ repeat_kv(value, groups))[0].transpose(0, 1).flatten(1)
         return self._linear(f"{layer}.self_attn.o_proj", mixed)
 
     def _mlp(self, layer: str, x: Tensor) -> Tensor:
         gate, up = (self._linear(f"{layer}.mlp.{part}_proj", x) for part in ("gate", "up"))
-        return self._linear(f"{layer}.mlp.down_proj", F.silu(gate) * up)
+        return self._linear(f"{layer}.mlp.down_proj", self._activate(gate) * up)
+
+    def _activate(self, gate: Tensor) -> Tensor:
+        return F.silu(gate)
 
     def blocks(self, taps: Tensor, tokens: list[int], anchors: list[int]) -> list[Tensor]:
         """DSpark and DFlash: taps [S, m * H] of a whole text, `tokens` of it; all blocks in one masked pass.
@@ -145,7 +193,7 @@ class Reference:
         context = self._norm("hidden_norm", self._linear("fc", taps))
         ids = torch.full((len(anchors), size), self.config["mask_token_id"])
         ids[:, 0] = torch.tensor([tokens[anchor] for anchor in anchors])
-        x = self.weights["embed_tokens.weight"][ids.flatten()]
+        x = self._embed(ids.flatten())
         starts = torch.tensor(anchors).repeat_interleave(size)
         positions = torch.cat([torch.arange(length), starts + torch.arange(size).repeat(len(anchors))])
         block = torch.arange(len(anchors)).repeat_interleave(size)
@@ -153,13 +201,12 @@ class Reference:
         for index in range(self.config["num_hidden_layers"]):
             layer = f"layers.{index}"
             read = self._norm(f"{layer}.input_layernorm", x)
-            x = x + self._attend(layer, read, torch.cat([context, read]), positions, allowed)
-            x = x + self._mlp(layer, self._norm(f"{layer}.post_attention_layernorm", x))
+            x = self._finish(layer, x, self._attend(layer, read, torch.cat([context, read]), positions, allowed))
         return list(self._norm("norm", x).split(size))
 
     def logits(self, rows: Tensor, previous: list[int]) -> tuple[Tensor, Tensor | None]:
         """Of the rows of a block whose tokens before are given: logits [rows, vocab] and confidence [rows]."""
-        made = self._linear("lm_head", rows)
+        made = self._head(rows)
         rank, confidence = self.config["markov_rank"], None
         embedded = self.weights["markov_head.markov_w1.weight"][torch.tensor(previous)] if rank else rows[:, :0]
         if rank:
@@ -191,14 +238,53 @@ class Reference:
             count = min(len(taps), len(tokens) - 1 - step)
             x = x[:count]
             ids = torch.tensor(tokens[1 + step : 1 + step + count])
-            embedded = self._norm("layers.0.input_layernorm", self.weights["embed_tokens.weight"][ids])
+            embedded = self._norm("layers.0.input_layernorm", self._embed(ids))
             both = torch.cat([embedded, self._norm("layers.0.hidden_norm", x)], -1)
             seen.append(both)
             spots.append(torch.arange(count) + step)
             own = torch.arange(count)[:, None]
             parts = [torch.arange(len(rows)) for rows in seen]
             allowed = torch.cat([parts[0] <= own, *(part == own for part in parts[1:])], 1)
-            x = x + self._attend("layers.0", both, torch.cat(seen), torch.cat(spots), allowed)
-            x = x + self._mlp("layers.0", self._norm("layers.0.post_attention_layernorm", x))
-            made.append(self._linear("lm_head", self._norm("norm", x)))
+            x = self._finish("layers.0", x, self._attend("layers.0", both, torch.cat(seen), torch.cat(spots), allowed))
+            made.append(self._head(self._norm("norm", x)))
         return made
+
+
+class GemmaReference(Reference):
+    """With the parts of transformers' Gemma 4, and values made of keys."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.head, self.scale = self.config["global_head_dim"], 1.0
+
+    def _make_rotary(self) -> Any:
+        rope = {"full_attention": self.config["rope_parameters"]["full_attention"]}
+        names = ("hidden_size", "num_attention_heads", "head_dim", "global_head_dim")
+        sizes = {name: self.config[name] for name in names}
+        config = Gemma4TextConfig(**sizes, num_hidden_layers=1, layer_types=["full_attention"], rope_parameters=rope)
+        rotary = Gemma4TextRotaryEmbedding(config)
+        return lambda x, positions: rotary(x, positions, "full_attention")
+
+    def _norm(self, name: str, x: Tensor) -> Tensor:
+        norm = Gemma4RMSNorm(x.shape[-1], self.config["rms_norm_eps"], with_scale=bool(name))
+        if name:
+            norm.weight.data = self.weights[f"{name}.weight"]
+        return norm(x)
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        return super()._embed(ids) * self.config["hidden_size"] ** 0.5
+
+    def _head(self, rows: Tensor) -> Tensor:
+        cap = self.config["final_logit_softcapping"]
+        return torch.tanh(super()._head(rows) / cap) * cap
+
+    def _values(self, layer: str, seen: Tensor) -> Tensor:
+        return self._norm("", self._heads(layer, "k", seen))
+
+    def _activate(self, gate: Tensor) -> Tensor:
+        return F.gelu(gate, approximate="tanh")
+
+    def _finish(self, layer: str, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self._norm(f"{layer}.post_attention_layernorm", attended)
+        made = self._mlp(layer, self._norm(f"{layer}.pre_feedforward_layernorm", x))
+        return (x + self._norm(f"{layer}.post_feedforward_layernorm", made)) * self.weights[f"{layer}.layer_scalar"]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gemma_tiny import GEMMA
 from safetensors.numpy import load_file, save_file
 
 from dsopt.compiler import build
@@ -67,6 +68,13 @@ def our_answers(artifact: Artifact, prompts: list[list[int]], count: int) -> lis
         steps = decode(binding, prompt, choose=greedy, limit=count, end=end)
         answers.append([step.token for step in steps if step.token not in end])  # genai does not show it either
     return answers
+
+
+def test_layers_with_caches_of_several_shapes(build_tiny: Callable[..., Artifact]) -> None:
+    artifact = build_tiny("int8", **GEMMA)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, 256, length).tolist() for length in (1, 7, 30, 100)]
+    assert genai_answers(artifact.directory, prompts, 24) == our_answers(artifact, prompts, 24)
 
 
 # w8a8 for a head has one activation scale for all rows: genai computes the whole prompt's, dsopt the last one's.

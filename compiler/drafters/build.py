@@ -62,6 +62,7 @@ def plan_drafter(
     for model in models.values():
         for step in passes(recipe):
             step(model)
+        _name_tables(model, target_model)
     shared = frozenset(
         name for model in models.values() for name, value in model.graph.initializers.items()
         if not name.startswith(_OWN) and _is_same(value, target_model.graph.initializers.get(name))
@@ -125,6 +126,19 @@ def _bind(graph: ir.Graph, value: ir.Value, draft: DraftCheckpoint, name: str, s
         return
     value.name, value.const_value = stored, Weight(tensor, stored)
     graph.initializers.add(value)
+
+
+def _name_tables(model: ir.Model, target: ir.Model) -> None:
+    """Rotary tables by the names of equal ones of the target, which may have several."""
+    values = model.graph.initializers
+    for name, value in list(values.items()):
+        first, _, part = name.partition(".")
+        theirs = [n for n in target.graph.initializers if n.startswith(f"{first}.") and n.endswith(f".{part}")]
+        same = [n for n in theirs if first == "rotary" and _is_same(value, target.graph.initializers[n])]
+        if same and name not in same:
+            values.pop(name)
+            value.name = same[0]
+            values.add(value)
 
 
 def _is_same(value: ir.Value, other: ir.Value | None) -> bool:

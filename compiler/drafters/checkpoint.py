@@ -8,6 +8,7 @@ from pathlib import Path
 from dsopt.compiler.checkpoint import Source, Tensor
 from dsopt.compiler.drafters.config import DraftConfig, check_layout
 from dsopt.compiler.safetensors_dir import SafetensorsTensor, open_tensors, read_json
+from dsopt.compiler.text_part import with_dtype
 from dsopt.runtime.errors import DsoptError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -35,7 +36,7 @@ def open_drafter(name: str) -> DraftCheckpoint:
     raw, tensors = read_json(path / "config.json"), open_tensors(path)
     try:
         check_layout(raw, tensors)
-        config = DraftConfig.from_dict(raw, tensors)
+        config = DraftConfig.from_dict(with_dtype(raw, tensors, "embed_tokens.weight"), tensors)
     except DsoptError as error:
         raise DsoptError(f"{path}: {error}") from error
     files = {tensor.path for tensor in tensors.values() if isinstance(tensor, SafetensorsTensor)}

@@ -4,11 +4,16 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dsopt.compiler.models import llama, qwen3
+from dsopt.compiler.models import gemma4_text, kinds_of, llama, qwen3
 from dsopt.runtime.errors import DsoptError
 
 HEADS = ("vanilla", "gated", "rnn")
-_FAMILIES: dict[object, type[llama.Config]] = {"llama": llama.Config, "qwen3": qwen3.Config}
+_FAMILIES: dict[object, type[llama.Config]] = {
+    "llama": llama.Config,
+    "qwen3": qwen3.Config,
+    "gemma4_text": gemma4_text.Config,
+    "gemma4_unified_text": gemma4_text.Config,
+}
 _MOST = 64  # rows of a block, a chain is unrolled as often
 # Fields and tensors that only other layouts have, and what they are.
 _FOREIGN_FIELDS = {
@@ -87,6 +92,8 @@ class DraftConfig:
             raise DsoptError(f"config.json: markov_rank {self.markov_rank} does not fit the other fields")
         if self.kind == "eagle3" and self.decoder.num_hidden_layers != 1:
             raise DsoptError(f"config.json: an eagle3 drafter has 1 layer, not {self.decoder.num_hidden_layers}")
+        if len(kinds_of(self.decoder)) > 1:
+            raise DsoptError("config.json: layer_types of a drafter must all be the same")
 
 
 def check_layout(config: Mapping[str, Any], tensors: Container[str] | Mapping[str, Any]) -> None:

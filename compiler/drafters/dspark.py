@@ -13,34 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dsopt.compiler.drafters.config import DraftConfig
-from dsopt.compiler.models import llama, qwen3
+from dsopt.compiler.drafters.families import make_embedding, make_head, make_layer
 from dsopt.compiler.models.layers import rotary_embedding
 
 # Tokens of a row that the chain chooses among. The Markov head then reads as many rows of its table, not all;
 # with 16 the accepted length was measured to fall by 0.1 %.
 CANDIDATES = 64
-
-
-class _NormedAttention(qwen3.Attention):
-    causal = False
-
-
-class _PlainAttention(llama.Attention):
-    causal = False
-
-    def __init__(self, config: llama.Config) -> None:
-        super().__init__(config)
-        self.k_norm = nn.Identity()
-
-
-class _NormedLayer(llama.Block):
-    def make_attention(self, config: llama.Config) -> nn.Module:
-        return _NormedAttention(config)
-
-
-class _PlainLayer(llama.Block):
-    def make_attention(self, config: llama.Config) -> nn.Module:
-        return _PlainAttention(config)
 
 
 class Drafter(nn.Module):
@@ -49,13 +27,12 @@ class Drafter(nn.Module):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.config, shape = config, config.decoder
-        layer = _NormedLayer if config.head_norms else _PlainLayer
-        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.embed_tokens = make_embedding(config)
         self.fc = nn.Linear(len(config.taps) * shape.hidden_size, shape.hidden_size, bias=False)
         self.hidden_norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.layers = nn.ModuleList(layer(shape) for _ in range(shape.num_hidden_layers))
+        self.layers = nn.ModuleList(make_layer(config, causal=False) for _ in range(shape.num_hidden_layers))
         self.norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.lm_head = make_head(config)
         if config.markov_rank:
             self.markov_head = MARKOV_HEADS[config.markov_head](config)
         if config.confidence:
@@ -78,9 +55,8 @@ class Context(nn.Module):
         context = drafter.hidden_norm(drafter.fc(hidden))
         for layer in drafter.layers:
             attention: Any = layer.self_attn
-            key = _by_heads(attention.k_norm(attention.k_proj(context)), attention.kv_heads)
-            made.append(rotary_embedding(key, start, cos, sin))
-            made.append(_by_heads(attention.v_proj(context), attention.kv_heads))
+            key, value = (_by_heads(part, attention.kv_heads) for part in attention.key_and_value(context))
+            made += [rotary_embedding(key, start, cos, sin), value]
         return made
 
 

@@ -4,37 +4,26 @@ Row i joins the target's hidden state at i with the token at i + 1 and predicts 
 hidden state of the target yet, the layer's own output of the row before stands in.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from dsopt.compiler.drafters.config import DraftConfig
 from dsopt.compiler.drafters.dspark import best
-from dsopt.compiler.models import llama, qwen3
-from dsopt.compiler.models.layers import GatedMlp
+from dsopt.compiler.drafters.families import make_embedding, make_head, make_layer
 
 
-def _widen(attention: llama.Attention, hidden: int) -> None:
-    """Queries, keys and values read two vectors side by side: the token's and the hidden state's."""
-    for name in ("q_proj", "k_proj", "v_proj"):
-        out = getattr(attention, name).out_features
-        setattr(attention, name, nn.Linear(2 * hidden, out, bias=False))
-
-
-class Layer(nn.Module):
-    def __init__(self, config: llama.Config, *, head_norms: bool) -> None:
-        super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hidden_norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = (qwen3.Attention if head_norms else llama.Attention)(config)
-        _widen(self.self_attn, config.hidden_size)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size)
-
-    def forward(self, embedded: Tensor, hidden: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        both = torch.cat([self.input_layernorm(embedded), self.hidden_norm(hidden)], -1)
-        attended, present_key, present_value = self.self_attn(both, *state)
-        x = hidden + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), present_key, present_value
+def _make_layer(config: DraftConfig) -> Any:
+    """A layer of the family whose queries, keys and values read two vectors side by side: the token's and the hidden
+    state's."""
+    layer, shape = make_layer(config, causal=True), config.decoder
+    layer.hidden_norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+    attention = layer.self_attn
+    for name, linear in list(attention.named_children()):
+        if name in ("q_proj", "k_proj", "v_proj"):
+            setattr(attention, name, nn.Linear(2 * shape.hidden_size, linear.out_features, bias=False))
+    return layer
 
 
 class Drafter(nn.Module):
@@ -43,11 +32,11 @@ class Drafter(nn.Module):
     def __init__(self, config: DraftConfig) -> None:
         super().__init__()
         self.config, shape = config, config.decoder
-        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.embed_tokens = make_embedding(config)
         self.fc = nn.Linear(len(config.taps) * shape.hidden_size, shape.hidden_size, bias=False)
-        self.layers = nn.ModuleList([Layer(shape, head_norms=config.head_norms)])
+        self.layers = nn.ModuleList([_make_layer(config)])
         self.norm = nn.RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.lm_head = make_head(config)
 
 
 class Context(nn.Module):
@@ -66,7 +55,7 @@ class Step(nn.Module):
 
     def __init__(self, drafter: Drafter) -> None:
         super().__init__()
-        self.drafter = drafter
+        self.drafter: Any = drafter
 
     def forward(self, hidden: Tensor, ids: Tensor, *state: Tensor) -> list[Tensor]:
         """hidden [1, n, width] at n positions, ids int64 [1, n] the tokens after each, state as in a decoder's block.
@@ -74,9 +63,10 @@ class Step(nn.Module):
         Returns the layer's output at the last row [1, 1, width], that row's candidates int64 [1, CANDIDATES] for the
         token after, their logits, and the present key and value.
         """
-        drafter = self.drafter
+        drafter, layer = self.drafter, self.drafter.layers[0]
         lengths, total, cos, sin, key, value = state
-        x, *present = drafter.layers[0](drafter.embed_tokens(ids), hidden, key, value, lengths, total, cos, sin)
-        last = x[:, -1:]
+        both = torch.cat([layer.input_layernorm(drafter.embed_tokens(ids)), layer.hidden_norm(hidden)], -1)
+        attended, *present = layer.self_attn(both, key, value, lengths, total, cos, sin)
+        last = layer.finish(hidden, attended)[:, -1:]
         logits, candidates = best(drafter.lm_head(drafter.norm(last)))
         return [last, candidates, logits, *present]

@@ -1,5 +1,6 @@
 """Layers shared by the families. Run eagerly they are the numerical reference; traced, they emit the graph."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ def rotary_tables(
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the rotary embedding (RoFormer, arXiv:2104.09864), each float32 [length, head_dim / 2].
 
-    `scaling` is Hugging Face's `rope_scaling`; kinds "default", "linear" and "llama3" are known here.
+    `scaling` is Hugging Face's `rope_scaling`; kinds "default", "linear", "llama3" and "proportional" are known here.
     In float32 throughout, as transformers computes them and as models were trained: float64 would move the angle
     of position 8000 by 5e-4.
     """
@@ -30,6 +31,8 @@ def _scale_frequencies(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
         return frequencies / scaling["factor"]
     if kind == "llama3":
         return _llama3_frequencies(frequencies, scaling)
+    if kind == "proportional":
+        return _proportional_frequencies(frequencies, scaling)
     raise ValueError(f"rope_scaling type {kind!r}")
 
 
@@ -39,6 +42,12 @@ def _llama3_frequencies(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return frequencies * (keep + (1 - keep) / scaling["factor"])
+
+
+def _proportional_frequencies(frequencies: Tensor, scaling: dict[str, Any]) -> Tensor:
+    """Gemma 4's: a share of the pairs turns as if all did, the others stand still."""
+    turning = int(scaling.get("partial_rotary_factor", 1.0) * len(frequencies))
+    return torch.where(torch.arange(len(frequencies)) < turning, frequencies, 0.0) / scaling.get("factor", 1.0)
 
 
 def group_query_attention(
@@ -55,15 +64,18 @@ def group_query_attention(
     num_heads: int,
     kv_num_heads: int,
     causal: bool = True,
+    scale: float | None = None,
+    window: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grouped-query attention with rotary embedding and a KV cache, as ONNX Runtime's contrib operator.
 
     query [b, s, heads * d], key and value [b, s, kv_heads * d], past_* [b, kv_heads, c, d] whose first
     `total_length - s` positions are valid, seqlens_k int32 [b] = total length - 1, total_length int32 scalar.
     Returns the context [b, s, heads * d] and the present key and value [b, kv_heads, >= total_length, d].
-    Not `causal`, every row sees all others too.
+    Not `causal`, every row sees all others too. `scale` of the scores is 1 / sqrt(d) unless said; with a `window` a row
+    sees that many positions, its own the last of them.
     """
-    head_dim = query.shape[-1] // num_heads
+    scale = (query.shape[-1] // num_heads) ** -0.5 if scale is None else scale
     if torch.compiler.is_exporting():
         context, present_key, present_value = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
@@ -73,8 +85,9 @@ def group_query_attention(
                 "kv_num_heads": kv_num_heads,
                 "do_rotary": 1,
                 "rotary_interleaved": 0,
-                "scale": head_dim**-0.5,
+                "scale": scale,
                 **({} if causal else {"causal": 0}),
+                **({} if window is None else {"local_window_size": window}),
             },
             dtypes=[query.dtype, past_key.dtype, past_value.dtype],
             shapes=[query.shape, past_key.shape, past_value.shape],
@@ -89,7 +102,9 @@ def group_query_attention(
     key = torch.cat([past_key[:, :, :past], key], 2)
     value = torch.cat([past_value[:, :, :past], value], 2)
     mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(past) if causal else None
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    if mask is not None and window is not None:
+        mask = mask.triu(past - window + 1)
+    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale, enable_gqa=True)
     return context.transpose(1, 2).flatten(2), key, value
 
 
@@ -116,20 +131,51 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, start: int) -> Tensor:
 
 
 class HeadNorm(nn.RMSNorm):
-    """RMS norm of each head of x [b, s, heads * d], with one weight [d] for all heads."""
+    """RMS norm of each head of x [b, s, heads * d], with one weight [d] for all heads, or none."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.unflatten(-1, (-1, *self.normalized_shape))).flatten(-2)
 
 
 class GatedMlp(nn.Module):
-    """down(silu(gate(x)) * up(x)), the SwiGLU feed-forward (arXiv:2002.05202)."""
+    """down(silu(gate(x)) * up(x)), the SwiGLU feed-forward (arXiv:2002.05202), or with another activation."""
 
-    def __init__(self, hidden: int, intermediate: int, *, bias: bool = False) -> None:
+    def __init__(
+        self, hidden: int, intermediate: int, *, bias: bool = False, activation: Callable[[Tensor], Tensor] = F.silu
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.gate_proj = nn.Linear(hidden, intermediate, bias=bias)
         self.up_proj = nn.Linear(hidden, intermediate, bias=bias)
         self.down_proj = nn.Linear(intermediate, hidden, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ScaledEmbedding(nn.Embedding):
+    """An embedding whose rows are multiplied by `scale`, which a head tied to it is not."""
+
+    def __init__(self, rows: int, width: int, scale: float) -> None:
+        super().__init__(rows, width)
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.scale
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, scale={self.scale}"
+
+
+class CappedHead(nn.Linear):
+    """cap * tanh(W x / cap): logits within (-cap, cap), Gemma's soft-capping (arXiv:2408.00118)."""
+
+    def __init__(self, width: int, vocab: int, cap: float) -> None:
+        super().__init__(width, vocab, bias=False)
+        self.cap = cap
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(super().forward(x) * (1 / self.cap)) * self.cap
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, cap={self.cap}"

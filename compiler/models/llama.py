@@ -1,7 +1,7 @@
 """Llama (arXiv:2302.13971, 2407.21783) and what shares its shape: SmolLM2, TinyLlama, Llama 3.x."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,15 @@ class Config:
         if not finite:
             raise DsoptError(f"config.json: rope_scaling {self.rope_scaling} gives infinite angles")
 
+    @property
+    def norms_values(self) -> bool:
+        """Whether attention reads values that are normed by heads: rows of v_proj have no scale that lasts."""
+        return False
+
+    def layer(self, _index: int) -> "Config":
+        """That of a model of this one layer; two that are equal have the same graph."""
+        return dataclasses.replace(self, num_hidden_layers=1)
+
     def rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 [length, head_dim / 2]."""
         return rotary_tables(self.head_dim, length, self.rope_theta, self.rope_scaling)
@@ -102,6 +111,8 @@ def _kind(config: Mapping[str, Any]) -> object:
 
 class Attention(nn.Module):
     causal = True
+    scale: float | None = None  # of the scores, other than 1 / sqrt(head_dim)
+    window: int | None = None  # positions that a row sees, if not all before it
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -118,12 +129,16 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value before the rotary embedding."""
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.q_proj(x), *self.key_and_value(x)
+
+    def key_and_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k_proj(x), self.v_proj(x)
 
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         context, present_key, present_value = group_query_attention(
-            *self.project(x), *state, num_heads=self.heads, kv_num_heads=self.kv_heads, causal=self.causal
-        )
+            *self.project(x), *state, num_heads=self.heads, kv_num_heads=self.kv_heads,
+            causal=self.causal, scale=self.scale, window=self.window,
+        )  # fmt: skip
         return self.o_proj(context), present_key, present_value
 
 
@@ -142,44 +157,56 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attended, present_key, present_value = self.self_attn(self.input_layernorm(x), *state)
+        return self.finish(x, attended), present_key, present_value
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """What comes out, for what came in and what attention made of it."""
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), present_key, present_value
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Body(nn.Module):
-    def __init__(self, config: Config, block: type[Block]) -> None:
+    def __init__(self, config: Config, embedding: nn.Embedding, block: Callable[[Any], nn.Module]) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(block(config) for _ in range(config.num_hidden_layers))
+        self.embed_tokens = embedding
+        self.layers = nn.ModuleList(block(config.layer(index)) for index in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Model(nn.Module):
     """The whole model; parameters are named as in the checkpoint. Relatives have another `block`."""
 
-    block = Block
+    block: Callable[[Any], nn.Module] = Block
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.model = Body(config, self.block)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.model = Body(config, self.make_embedding(config), self.block)
+        self.lm_head = self.make_head(config)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    @staticmethod
+    def make_embedding(config: Any) -> nn.Embedding:
+        return nn.Embedding(config.vocab_size, config.hidden_size)
+
+    @staticmethod
+    def make_head(config: Any) -> nn.Linear:
+        return nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(
         self, input_ids: Tensor, past: list[tuple[Tensor, Tensor]] | None = None
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """input_ids int64 [b, s], past per layer (key, value) [b, kv_heads, t, d] -> logits [b, s, vocab], present."""
-        config = self.config
+        layers = [self.config.layer(index) for index in range(self.config.num_hidden_layers)]
         batch, rows = input_ids.shape
-        empty = torch.empty(batch, config.num_key_value_heads, 0, config.head_dim)
-        past = past or [(empty, empty)] * config.num_hidden_layers
+        if past is None:
+            empty = [torch.empty(batch, one.num_key_value_heads, 0, one.head_dim) for one in layers]
+            past = list(zip(empty, empty, strict=True))
         total = rows + past[0][0].shape[2]
         lengths = torch.full((batch,), total - 1, dtype=torch.int32)
-        cos, sin = config.rotary(total)
         x, present = self.model.embed_tokens(input_ids), []
-        for block, (key, value) in zip(self.model.layers, past, strict=True):
-            x, *kv = block(x, key, value, lengths, torch.tensor(total, dtype=torch.int32), cos, sin)
+        for block, layer, (key, value) in zip(self.model.layers, layers, past, strict=True):
+            x, *kv = block(x, key, value, lengths, torch.tensor(total, dtype=torch.int32), *layer.rotary(total))
             present.append((kv[0], kv[1]))
         return self.lm_head(self.model.norm(x)), present

@@ -36,8 +36,10 @@ class Attention(llama.Attention):
         self.k_norm = HeadNorm(config.head_dim, config.rms_norm_eps)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = super().project(x)
-        return self.q_norm(query), self.k_norm(key), value
+        return self.q_norm(self.q_proj(x)), *self.key_and_value(x)
+
+    def key_and_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.k_norm(self.k_proj(x)), self.v_proj(x)
 
 
 class Block(llama.Block):

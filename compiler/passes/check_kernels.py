@@ -7,7 +7,10 @@ from dsopt.compiler.passes.lower_precision import FLOATS
 from dsopt.compiler.targets import Target
 from dsopt.runtime.errors import DsoptError
 
-_HINTS = {"AveragePool": ", which formats with -min need; int4-zp does without"}  # CUDA's goes through cuDNN
+_HINTS = {
+    "AveragePool": ", which formats with -min need; int4-zp does without",  # CUDA's goes through cuDNN
+    "Gelu": " that was tried: gemma4 models run on the cpu alone so far",
+}
 _CACHES: dict[ir.DataType | None, str] = {ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT8: "int8"}
 _NAMES = {dtype: name for name, dtype in FLOATS.items()}
 

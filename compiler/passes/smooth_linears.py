@@ -34,18 +34,30 @@ class SmoothLinears(ir.passes.InPlacePass):
             for first, readers in _READERS.items():
                 scales = self.scales.get(linears[first].name) if first in linears else None
                 if scales is not None:
-                    self._fold(linears, first, [linears[role] for role in readers], scales.float())
+                    present = [linears[role] for role in readers if role in linears]
+                    self._fold(linears, first, present, scales.float())
                     found += 1
         assert found == len(self.scales), "scales for a layer that is not there"
         return ir.passes.PassResult(model, modified=bool(found))
 
     def _fold(self, linears: dict[str, Linear], first: str, readers: list[Linear], scales: torch.Tensor) -> None:
+        assert first != "o" or can_smooth_context(linears[first].node), "values that are normed"
         maker = _MAKERS.get(first)
         _multiply(linears[maker].weight if maker else _norm(readers), rows=(1 / scales).numpy())
         if first == "o":
             scales = repeat_channels(scales, *_heads(readers[0]))
         for reader in readers:
             _multiply(reader.weight, columns=scales.numpy())
+
+
+def can_smooth_context(output: ir.Node) -> bool:
+    """Whether an output projection reads values as they come from their projection. A norm of each head would undo
+    what its rows are divided by."""
+    context = output.inputs[0]
+    attention = context.producer() if context is not None else None
+    value = attention.inputs[2] if attention is not None else None
+    made = value.producer() if value is not None else None
+    return made is not None and made.op_type == "FusedMatMul"
 
 
 def _multiply(value: ir.Value, *, rows: np.ndarray | None = None, columns: np.ndarray | None = None) -> None:

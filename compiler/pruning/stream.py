@@ -44,9 +44,12 @@ class Stream:
         self.blocks = BlockStream(checkpoint)
         self.config = self.blocks.config
         self._blank: Any = self.blocks.blank()
-        parts = ("input_layernorm", "self_attn.o_proj", "post_attention_layernorm", "mlp.down_proj")
-        if missing := [part for part in parts if part not in dict(self._blank.named_modules())]:
-            raise DsoptError(f"{self.config.__class__.__module__}: a family without {missing[0]} cannot be pruned yet")
+        parts = {name for name, _ in self._blank.named_children()}
+        if odd := parts ^ {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}:
+            raise DsoptError(
+                f"--prune: layers of {checkpoint.config['model_type']} models are not Llama's ({min(odd)}) and cannot "
+                "be pruned yet, for --draft self neither; vocab=FILE works"
+            )
         self._loaded: tuple[int, Any] | None = None
 
     @property
@@ -84,7 +87,7 @@ class Stream:
             if sublayer.mlp:
                 out = block.mlp(block.post_attention_layernorm(x))
             else:
-                out = block.self_attn(block.input_layernorm(x), *self.blocks.state(*x.shape[:2]))[0]
+                out = block.self_attn(block.input_layernorm(x), *self.blocks.state(sublayer.layer, *x.shape[:2]))[0]
         finally:
             hook.remove()
         return seen[0], out
@@ -96,6 +99,11 @@ class Stream:
     def head(self) -> Callable[[Tensor], Tensor]:
         """Final norm and output table: hidden states [rows, hidden] -> logits [rows, vocab]."""
         return self.blocks.head()
+
+
+def check_prunable(checkpoint: Checkpoint) -> None:
+    """Raises DsoptError where `Stream` would, before text to prune by is written for nothing."""
+    Stream(checkpoint)
 
 
 def batches(x: Tensor) -> Iterator[Tensor]:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 import torch
 from deepspec_tiny import DRAFTERS, TARGET, write_drafter
+from gemma_tiny import GEMMA
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -63,9 +65,10 @@ def test_kinds_are_told_apart_by_fields_under_one_class_name() -> None:
         ({"target_layer_ids": None}, "no target_layer_ids"),
         ({"block_size": None}, "neither block_size nor ttt_length"),
         (
-            {"model_type": "gemma4_text"},
-            "'gemma4_text' model, a family that dsopt does not compile yet; .* llama, qwen3",
+            {"model_type": "gemma3_text"},
+            "'gemma3_text' model, a family that dsopt does not compile yet; .* llama, qwen3, gemma4_text",
         ),
+        ({**GEMMA, "num_hidden_layers": 2, "layer_types": GEMMA["layer_types"][1:]}, "must all be the same"),
         ({"target_layer_ids": [2, 0]}, "must rise"),
         ({"target_layer_ids": [0, 3]}, "at most 2"),
         ({"target_layer_ids": [-2, 0]}, "from -1"),
@@ -148,6 +151,21 @@ def test_tensors_that_do_not_fit_are_refused(
     save_file(weights, drafter / "model.safetensors")
     with pytest.raises(DsoptError, match=reason):
         plan_pair(target, drafter)
+
+
+def test_a_drafter_for_gemma4(compile_pair: Callable[..., Any], tmp_path: Path) -> None:
+    """Its scale of the embedding is in the type of its weights, and its rotary tables are those of the target's layers
+    that see all."""
+    pair = compile_pair("gemma-vanilla")
+    weights_file = open_artifact(pair.artifact).manifest.files["model.onnx.data"]
+    manifest = open_draft(pair.artifact / "draft-dspark", weights_file["sha256"])
+    assert set(manifest.borrowed["block.onnx"]) == {"model.embed_tokens.weight", "rotary.1.cos", "rotary.1.sin"}
+    assert (manifest.model["kv_heads"], manifest.model["head_dim"]) == (1, 32)
+    folder = shutil.copytree(pair.drafter, tmp_path / "bf16")
+    weights = load_file(folder / "model.safetensors")
+    save_file({n: w.astype(ml_dtypes.bfloat16) for n, w in weights.items()}, folder / "model.safetensors")
+    decoders: list[Any] = [open_drafter(str(one)).config.decoder for one in (pair.drafter, folder)]
+    assert [decoder.embedding_scale for decoder in decoders] == [np.float32(32**0.5), 5.65625]
 
 
 def test_no_drafter_is_one_clear_line(tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_a_config_that_cannot_be_run_is_one_clear_line(
 
 
 def test_an_unknown_family_names_the_known_ones() -> None:
-    assert families() == ["llama", "qwen3"]
+    assert families() == ["gemma4_text", "gemma4_unified_text", "llama", "qwen3"]
     for odd in ("mamba", "layers", None, ["llama"]):
-        with pytest.raises(DsoptError, match="supported: llama, qwen3"):
+        with pytest.raises(DsoptError, match="supported: gemma4_text, gemma4_unified_text, llama, qwen3"):
             find_family(odd)

@@ -112,9 +112,26 @@ def layer_shapes(config: dict[str, Any], index: int) -> dict[str, tuple[int, ...
         "mlp.up_proj": (wide, hidden),
         "mlp.down_proj": (hidden, wide),
     }
+    if config["model_type"].startswith("gemma4"):
+        return _gemma4_shapes(config, index)
     if config["model_type"] == "qwen3":
         shapes |= {"self_attn.q_norm": (head,), "self_attn.k_norm": (head,)}
     return {f"{_LAYER.format(index)}{name}.weight": shape for name, shape in shapes.items()}
+
+
+def _gemma4_shapes(config: dict[str, Any], index: int) -> dict[str, tuple[int, ...]]:
+    """Layers that see all have heads of their own, and no projection of values."""
+    full = config["layer_types"][index] == "full_attention"
+    own = {"head_dim": config["global_head_dim"]} if full else {}
+    shared = full and config["attention_k_eq_v"]
+    own |= {"num_key_value_heads": config["num_global_key_value_heads"]} if shared else {}
+    shapes = layer_shapes({**config, **own, "model_type": "qwen3"}, index)
+    prefix, hidden = _LAYER.format(index), config["hidden_size"]
+    shapes |= {f"{prefix}{place}_feedforward_layernorm.weight": (hidden,) for place in ("pre", "post")}
+    shapes[f"{prefix}layer_scalar"] = (1,)
+    if shared:
+        del shapes[f"{prefix}self_attn.v_proj.weight"]
+    return shapes
 
 
 def outer_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

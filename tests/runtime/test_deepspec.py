@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from deepspec_tiny import Reference
+from deepspec_tiny import open_reference
 from toy import Forced
 
 from dsopt.runtime.artifact import open_artifact
@@ -24,7 +24,7 @@ from dsopt.runtime.sampling import Sampler, Sampling
 from dsopt.runtime.session import Session
 from dsopt.runtime.speculate import Speculation, speculate
 
-BLOCKS = ["vanilla", "gated", "rnn", "unsure", "dflash"]
+BLOCKS = ["vanilla", "gated", "rnn", "unsure", "dflash", "gemma-vanilla", "gemma-gated", "gemma-rnn", "gemma-dflash"]
 RNG = np.random.default_rng(3)
 TOKENS = RNG.integers(0, 320, 60).tolist()
 
@@ -56,7 +56,7 @@ def close(actual: Any, expected: Any) -> None:
 def test_rounds_are_the_masked_pass_of_training(name: str, compile_pair: Callable[..., Any]) -> None:
     """Rounds of all lengths, each after what the one before accepted."""
     pair = compile_pair(name)
-    drafter, reference = drafter_of(pair), Reference(pair.drafter)
+    drafter, reference = drafter_of(pair), open_reference(pair.drafter)
     taps, anchors = random_taps(drafter), [5, 6, 8, 11, 15, 20, 21, 50]
     blocks = reference.blocks(flat(taps), TOKENS, anchors)
     done = 0
@@ -83,11 +83,11 @@ def best_probability(logits: torch.Tensor) -> torch.Tensor:
     return logits.double().softmax(-1).amax(-1).clamp(1e-4, 1 - 1e-4)
 
 
-@pytest.mark.parametrize("name", ["eagle3", "eagle3-llama"])
+@pytest.mark.parametrize("name", ["eagle3", "eagle3-llama", "gemma-eagle3"])
 @torch.no_grad()
 def test_eagle3_rounds_are_the_unrolled_pass_of_training(name: str, compile_pair: Callable[..., Any]) -> None:
     pair = compile_pair(name)
-    drafter, reference = drafter_of(pair, temperature=1.0, seed=1), Reference(pair.drafter)
+    drafter, reference = drafter_of(pair, temperature=1.0, seed=1), open_reference(pair.drafter)
     taps, done = random_taps(drafter), 0
     for anchor in [1, 4, 5, 10, 30]:
         drafter.accept(TOKENS[done:anchor], taps[done:anchor])
@@ -117,7 +117,7 @@ def drafts(drafter: Any, taps: np.ndarray, pieces: list[int], *, between: bool =
     return drafter.draft(TOKENS[done], 4)
 
 
-@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+@pytest.mark.parametrize("name", ["vanilla", "eagle3", "gemma-vanilla", "gemma-eagle3"])
 def test_pieces_and_drafts_between_change_nothing(name: str, compile_pair: Callable[..., Any]) -> None:
     """A draft sees every row that was accepted, and none that was drafted and rejected, whatever the order."""
     drafter = drafter_of(compile_pair(name), temperature=1.0, seed=1)
@@ -271,7 +271,7 @@ class Helped:
         return Draft((*known, *made.tokens[len(known) :])[:limit])
 
 
-@pytest.mark.parametrize("name", ["vanilla", "gated", "eagle3"])
+@pytest.mark.parametrize("name", ["vanilla", "gated", "eagle3", "gemma-vanilla", "gemma-eagle3"])
 def test_text_with_a_drafter_is_the_text_without(name: str, compile_pair: Callable[..., Any]) -> None:
     pair = compile_pair(name)
     model = Model(open_artifact(pair.artifact), threads=1)
