@@ -2,7 +2,7 @@
 
 A site is an input and the linear layers that read it: q, k, v of a layer are one, gate and up are one, for they run
 as one packed kernel. A choice is a weight format and, for kernels that quantize activations by the tensor, the exponent
-of a smoothing.
+of a smoothing and whether the context of attention is rotated.
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ from dsopt.compiler.quantizers import (
     quantize_minima,
 )
 from dsopt.compiler.recipe import HEAD, Format
+from dsopt.compiler.rotation import rotation
 from dsopt.compiler.sensitivity import Observed
 from dsopt.compiler.smoothing import column_maxima, repeat_channels, shared_channels, smoothing_scales
 from dsopt.compiler.targets import Target
@@ -50,9 +51,10 @@ _GROUPS = {"q_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",), "gat
 class Choice:
     format: Format
     alpha: float | None = None
+    rotated: bool = False
 
     def __str__(self) -> str:
-        return str(self.format) if self.alpha is None else f"{self.format} smoothed {self.alpha:g}"
+        return f"{self.format}{'' if self.alpha is None else f' smoothed {self.alpha:g}'}{' rotated' * self.rotated}"
 
 
 @dataclass(frozen=True)
@@ -142,17 +144,20 @@ class Pricer:
         return is_exact(self.checkpoint.tensors[f"{module}.weight"], form)
 
     def _price_smoothed(self, site: Site, linears: list[Observed], inputs: InputStatistics, form: Format) -> None:
-        maxima = column_maxima([linear.w for linear in linears])
-        site.prices[Choice(form)] = _dynamic(linears, torch.ones_like(maxima), per_token=form.per_token)
-        absmax = inputs.absmax
+        maxima, absmax = column_maxima([linear.w for linear in linears]), inputs.absmax
         is_context = site.name.endswith("o_proj")
+        head = site.k // self.heads[0] if is_context else None
         if is_context:
             absmax, maxima = shared_channels(absmax, *self.heads), shared_channels(maxima, *self.heads)
-        for alpha in ALPHAS[str(form)]:
-            scales = smoothing_scales(absmax, maxima, alpha)
+        for alpha in (None, *ALPHAS[str(form)]):
+            scales = torch.ones_like(maxima) if alpha is None else smoothing_scales(absmax, maxima, alpha)
+            if alpha is not None:
+                site.scales[alpha] = scales
             whole = repeat_channels(scales, *self.heads) if is_context else scales
-            site.scales[alpha] = scales
             site.prices[Choice(form, alpha)] = _dynamic(linears, whole, per_token=form.per_token)
+            if head:
+                price = _dynamic(linears, whole, per_token=form.per_token, head=head)
+                site.prices[Choice(form, alpha, rotated=True)] = price
 
 
 def offered_formats(k: int, arithmetic: Arithmetic = CPU) -> list[Format]:
@@ -220,12 +225,12 @@ def quantize_activations(x: Tensor, block: int) -> Tensor:
     return ((blocks / scales).round() * scales).flatten(1)
 
 
-def _dynamic(linears: list[Observed], scales: Tensor, *, per_token: bool) -> float:
+def _dynamic(linears: list[Observed], scales: Tensor, *, per_token: bool, head: int | None = None) -> float:
     """The price of DynamicQuantizeMatMul on x / scales: uint8 with one scale and zero point for a chunk of rows.
 
-    `per_token`: each row was divided by its largest value before.
+    `per_token`: each row was divided by its largest value before. `head`: so many channels each are rotated before.
     """
-    x, parts = linears[0].x / scales, []
+    x, parts = _in_basis(linears[0].x / scales, head), []
     largest = x.abs().amax(1, keepdim=True).clamp_min(1e-20) if per_token else torch.ones(len(x), 1)
     for rows in (x / largest).split(PREFILL_CHUNK):
         low, high = rows.amin().clamp_max(0), rows.amax().clamp_min(0)
@@ -235,9 +240,14 @@ def _dynamic(linears: list[Observed], scales: Tensor, *, per_token: bool) -> flo
     x = torch.cat(parts) * largest
     price = 0.0
     for linear in linears:
-        codes, steps = quantize_columns(linear.w * scales)
+        codes, steps = quantize_columns(_in_basis(linear.w * scales, head))
         price += linear.cost(x @ (codes.float() * steps[:, None]).T)
     return price
+
+
+def _in_basis(x: Tensor, head: int | None) -> Tensor:
+    """Columns [.., K] as `rotation.Rotated` has them."""
+    return x if head is None else (x.unflatten(1, (-1, head)) @ torch.from_numpy(rotation(head))).flatten(1)
 
 
 def _rounded(
