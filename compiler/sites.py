@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dsopt.compiler.calibrate import InputStatistics, Statistics
 from dsopt.compiler.checkpoint import Checkpoint
-from dsopt.compiler.gptq import inverse_factor, round_weights
+from dsopt.compiler.gptq import Feedback, error_feedback, round_weights
 from dsopt.compiler.passes.quantize_linears import GPTQ_ROWS, is_exact
 from dsopt.compiler.quantizers import (
     Blocks,
@@ -127,14 +127,14 @@ class Pricer:
         k = linears[0].x.shape[1]
         site = Site(modules[0], tuple(modules), layer, sum(linear.w.shape[0] for linear in linears), k)
         inputs = self.statistics.input(site.name)
-        factor = cache(lambda: inverse_factor(inputs.gram, 1))  # the same for all whole blocks
+        feedback = cache(lambda block: error_feedback(inputs.gram, block))
         for form in offered_formats(k, self.arithmetic):
             if form.kernel == "w8a8":
                 if first in _UNLIKE or not form.per_token:
                     self._price_smoothed(site, linears, inputs, form)
             else:
                 exact = [self._is_exact(module, form) for module in modules]
-                weights = _rounded(linears, exact, form, factor, self.arithmetic.floats)
+                weights = _rounded(linears, exact, form, feedback, self.arithmetic.floats)
                 x = self.arithmetic.inputs(linears[0].x, form)
                 price = sum(seen.cost(x @ w.T) for seen, w in zip(linears, weights, strict=True))
                 site.prices[Choice(form)] = price
@@ -188,12 +188,12 @@ def price_head(
     log_p = (x @ w.T).log_softmax(-1)
     n, k = w.shape
     site = Site(HEAD, (HEAD,), None, n, k, copies=2 if name == f"{HEAD}.weight" else 1)
-    factor = cache(lambda: inverse_factor(statistics.input(HEAD).gram, 1))
+    feedback = cache(lambda block: error_feedback(statistics.input(HEAD).gram, block))
     for form in offered_formats(k, arithmetic):
         if form.kernel not in ("nbits", "none", "fp8") or form.minima:
             continue
         seen, exact = [Observed(x, w, x, x)], [is_exact(checkpoint.tensors[name], form)]
-        rounded = _rounded(seen, exact, form, factor, arithmetic.floats)[0]
+        rounded = _rounded(seen, exact, form, feedback, arithmetic.floats)[0]
         log_q = (arithmetic.inputs(x, form) @ rounded.T).log_softmax(-1)
         price = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
         if form.kernel == "nbits":  # beside any other head the embedding stays float
@@ -254,12 +254,12 @@ def _rounded(
     linears: list[Observed],
     exact: list[bool],
     form: Format,
-    factor: Callable[[], Tensor],
+    feedback: Callable[[int], Feedback],
     floats: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """The weights as the format will hold them, with scales of type `floats`: float32 [N, K] each.
 
-    GPTQ rounds all that read one input at once; `factor` is the `inverse_factor` of the input's Gram matrix.
+    GPTQ rounds all that read one input at once; `feedback` is that of the input's Gram matrix, by the size of a block.
     """
     if all(exact):
         return [linear.w for linear in linears]
@@ -275,10 +275,10 @@ def _rounded(
             codes, scales = quantize_fp8(w[start:stop], form.block)
             out[start:stop] = codes.float() * scales.repeat_interleave(form.block, 1)[:, : w.shape[1]]
     elif form.bits < 8:
-        upper = factor()
+        passed_on = feedback(form.block)
 
         def work(start: int, stop: int) -> None:
-            out[start:stop] = _values(round_weights(w[start:stop], upper, form), w.shape[1], floats)
+            out[start:stop] = _values(round_weights(w[start:stop], passed_on, form), w.shape[1], floats)
     else:
 
         def work(start: int, stop: int) -> None:
