@@ -1,7 +1,7 @@
 """The compiler's front door: a checkpoint and a recipe in, an artifact out."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from dsopt.compiler.passes.check_kernels import CheckKernels
 from dsopt.compiler.passes.prune_blocks import PruneBlocks
 from dsopt.compiler.passes.prune_features import PruneFeatures
 from dsopt.compiler.passes.quantize_linears import Evidence
+from dsopt.compiler.passes.rotate_values import RotateValues
 from dsopt.compiler.passes.shorten_head import ShortenHead
 from dsopt.compiler.passes.smooth_linears import SmoothLinears
 from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
@@ -78,15 +79,17 @@ def plan(
     target: str = "cpu",
     evidence: Evidence | None = None,
     smoothing: Scales | None = None,
+    rotated: Set[str] = frozenset(),
     calibrate: Calibrate = self_windows,
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Export and rewrite, computing no weight, unless there is to be pruned: that reads and decides by text.
 
     A recipe that says no float type gets the target's own. `evidence` tells what the inputs of each linear layer look
-    like. `calibrate` gives windows of token ids, all of one length, for a checkpoint; it is asked only where pruning
-    needs text. With a drafter the graph gives the outputs of the layers that it reads, and it is compiled beside the
-    model. `report` is told what is done. Raises DsoptError on a model that is not supported.
+    like; `rotated` are the output projections whose inputs are to be rotated with the values that they are made of.
+    `calibrate` gives windows of token ids, all of one length, for a checkpoint; it is asked only where pruning needs
+    text. With a drafter the graph gives the outputs of the layers that it reads, and it is compiled beside the model.
+    `report` is told what is done. Raises DsoptError on a model that is not supported.
     """
     chosen = probed(target)
     recipe = recipe.with_dtype(chosen.check_dtype(recipe.said_dtype))
@@ -138,6 +141,8 @@ def plan(
     sizes = describe_sizes(model, config)
     if smoothing:
         SmoothLinears(smoothing)(model)
+    if rotated:
+        RotateValues(rotated)(model)
     for step in passes[len(CLEAN) :]:
         step(model)
     if said is not None:

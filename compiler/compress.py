@@ -1,7 +1,7 @@
 """From a checkpoint and a goal to the artifact that meets it: calibrate, price, time, choose, build, measure."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.corpus import HELD
 from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.models import kinds_of
+from dsopt.compiler.passes.quantize_linears import is_exact
 from dsopt.compiler.profile import measure
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.search import (
@@ -139,7 +140,8 @@ def compress(
                 f"{goal.loss:g}; raise --max-quality-loss, or keep it with --allow-miss"
             )
         best = best or min(rounds, key=lambda r: r.measured)
-        return _take(*builds[id(best.assignment)], out, found, goal, best, rounds)
+        rotated = rotated_sites(checkpoint, found.sites, best.assignment)
+        return _take(*builds[id(best.assignment)], out, found, goal, best, rounds, rotated)
 
 
 def preview(found: Study, goal: Goal) -> dict[str, Any]:
@@ -170,9 +172,21 @@ def _build(checkpoint: Checkpoint, found: Study, made: Assignment, out: Path, te
         site.name: site.scales[alpha] for site in found.sites if (alpha := made.choices[site.name].alpha) is not None
     }
     evidence = found.statistics.input
-    plan = build.plan(checkpoint, recipe, target=found.setting.target, evidence=evidence, smoothing=scales)
+    rotated = rotated_sites(checkpoint, found.sites, made)
+    plan = build.plan(
+        checkpoint, recipe, target=found.setting.target, evidence=evidence, smoothing=scales, rotated=rotated
+    )
     with stage("writing weights") as progress:
         build.write(plan, out, progress=progress)
+
+
+def rotated_sites(checkpoint: Checkpoint, sites: list[Site], made: Assignment) -> frozenset[str]:
+    """Those chosen to be rotated, where the values' weights are rounded anyway: codes of a file, as they are, stay."""
+    chosen = {site.name for site in sites if made.choices[site.name].rotated}
+    values = {name: f"{name.removesuffix('o_proj')}v_proj" for name in chosen}
+    forms = formats_of(sites, made)
+    exact = {o for o, v in values.items() if is_exact(checkpoint.tensors[f"{v}.weight"], forms[v])}
+    return frozenset(chosen - exact)
 
 
 def judge(found: Study, directory: Path, progress: Progress = lambda done, total: None) -> dict[str, float]:
@@ -189,14 +203,21 @@ def judge(found: Study, directory: Path, progress: Progress = lambda done, total
 
 
 def _take(
-    place: Path, quality: Mapping[str, float], out: Path, found: Study, goal: Goal, best: Round, rounds: list[Round]
+    place: Path,
+    quality: Mapping[str, float],
+    out: Path,
+    found: Study,
+    goal: Goal,
+    best: Round,
+    rounds: list[Round],
+    rotated: Set[str],
 ) -> Manifest:
     """Complete the manifest, and let the build take its place."""
     made = open_artifact(place).manifest
     kept = ("tokens", "kld_mean", "kld_mean_err", "kld_p99", "ppl_ratio", "ppl_ratio_err", "same_top_p")
     manifest = dataclasses.replace(
         made,
-        nodes=tuple(_described(made.nodes, found.sites, best.assignment)),
+        nodes=tuple(_described(made.nodes, found.sites, best.assignment, rotated)),
         quality={name: quality[name] for name in kept},
         profile=found.table.to_json(),
         search=_record(found, goal, best, rounds),
@@ -210,7 +231,7 @@ def _take(
 
 
 def _described(
-    nodes: tuple[Mapping[str, Any], ...], sites: list[Site], made: Assignment
+    nodes: tuple[Mapping[str, Any], ...], sites: list[Site], made: Assignment, rotated: Set[str]
 ) -> Iterator[Mapping[str, Any]]:
     """Each node with what was chosen for its site and what that is expected to cost."""
     sites_by_module = {module: site for site in sites for module in site.modules}
@@ -219,8 +240,14 @@ def _described(
         if site is None or node["role"] == "embed":
             yield node
             continue
-        choice = made.choices[site.name]
-        yield {**node, "smoothing": choice.alpha, "site": site.name, "loss": site.prices[choice]}
+        choice = dataclasses.replace(made.choices[site.name], rotated=site.name in rotated)
+        yield {
+            **node,
+            "smoothing": choice.alpha,
+            "rotated": choice.rotated,
+            "site": site.name,
+            "loss": site.prices[choice],
+        }
 
 
 def _record(found: Study, goal: Goal, best: Round, rounds: list[Round]) -> dict[str, Any]:

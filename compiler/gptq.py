@@ -2,8 +2,12 @@
 
 With H = E[x x^T] of a layer's inputs, what is minimised is the error of its *outputs*, tr((W - Q) H (W - Q)^T),
 not of its weights. Scale and zero point of a block are searched when the block is reached, on the weights as the
-errors so far have changed them (the paper's "static groups" off).
+errors so far have changed them (the paper's "static groups" off). The blocks with the most active channels go first,
+and within a block the most active channels: their errors find the most others to make up for them. (The "activation
+order" of GPTQ's authors sorts all channels, and then a block's are not neighbours; so they are.)
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,13 +18,21 @@ from dsopt.compiler.recipe import Format
 _DAMPING = 0.01  # of the mean diagonal: directions that calibration saw little of are not free
 
 
-def inverse_factor(gram: Tensor, block: int) -> Tensor:
-    """Upper Cholesky factor U of the damped H^-1 = U^T U, float32 [K', K'] with K' = K in whole blocks.
+@dataclass(frozen=True)
+class Feedback:
+    """How errors are passed on: `order` int64 [K'] of the channels, K' = K in whole blocks, and in this order the
+    upper Cholesky `factor` U of the damped H^-1 = U^T U, float32 [K', K']."""
 
-    Raises nothing: a Gram matrix is positive semidefinite, and the damping is raised until its factor exists.
-    """
+    order: Tensor
+    factor: Tensor
+
+
+def error_feedback(gram: Tensor, block: int) -> Feedback:
+    """From H [K, K]. Raises nothing: it is positive semidefinite, and the damping is raised until U exists."""
     padding = -gram.shape[0] % block
     h = torch.nn.functional.pad(gram.double(), (0, padding, 0, padding))
+    order = _order(h.diagonal(), block)
+    h = h[order][:, order]
     mean = h.diagonal().mean().clamp_min(1e-30)
     dead = h.diagonal() <= 0
     h.diagonal()[dead] = mean
@@ -31,14 +43,21 @@ def inverse_factor(gram: Tensor, block: int) -> Tensor:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
-                return upper.float()
+                return Feedback(order, upper.float())
         damping *= 10
 
 
-def round_weights(w: Tensor, factor: Tensor, form: Format) -> Blocks:
-    """Rows w float32 [N, K] rounded to `form`; `factor` from `inverse_factor` with the format's block."""
-    block, bits = form.block, form.bits
-    w = torch.nn.functional.pad(w, (0, len(factor) - w.shape[1])).clone()
+def _order(square: Tensor, block: int) -> Tensor:
+    """Blocks by the sum of E[x^2], in a block channels by E[x^2], the largest first. Of equals the first is first."""
+    square = square.unflatten(0, (-1, block))
+    blocks = square.sum(1).argsort(descending=True, stable=True)
+    return (blocks[:, None] * block + square.argsort(dim=1, descending=True, stable=True)[blocks]).flatten()
+
+
+def round_weights(w: Tensor, feedback: Feedback, form: Format) -> Blocks:
+    """Rows w float32 [N, K] rounded to `form`; `feedback` is for the format's block."""
+    block, bits, factor, order = form.block, form.bits, feedback.factor, feedback.order
+    w = torch.nn.functional.pad(w, (0, len(factor) - w.shape[1]))[:, order]
     importance = factor.diagonal().reciprocal().square()  # what an error in a channel costs after the feedback
     parts = []
     for first in range(0, w.shape[1], block):
@@ -47,10 +66,13 @@ def round_weights(w: Tensor, factor: Tensor, form: Format) -> Blocks:
         codes, errors = _round_block(w[:, first:last], factor[first:last, first:last], grid, bits)
         w[:, last:] -= errors @ factor[first:last, last:]
         parts.append((codes, grid))
-    codes = torch.stack([codes for codes, _ in parts], 1)
-    scales, zeros = (torch.cat([getattr(grid, name) for _, grid in parts], 1) for name in ("scales", "zero_points"))
-    rest = torch.cat([grid.rest for _, grid in parts if grid.rest is not None], 1) if form.minima else None
-    return Blocks(codes, scales, zeros, rest)
+    codes = torch.cat([codes for codes, _ in parts], 1)[:, order.argsort()].unflatten(1, (-1, block))
+    places = (order[::block] // block).argsort()  # of the blocks
+    scales, zeros = (
+        torch.cat([getattr(grid, name) for _, grid in parts], 1)[:, places] for name in ("scales", "zero_points")
+    )
+    rest = torch.cat([grid.rest for _, grid in parts if grid.rest is not None], 1)[:, places] if form.minima else None
+    return Blocks(codes.contiguous(), scales, zeros, rest)
 
 
 def _grid(w: Tensor, form: Format, importance: Tensor) -> Blocks:

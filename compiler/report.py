@@ -81,10 +81,15 @@ def _nodes(nodes: Iterable[Mapping[str, Any]]) -> Iterable[list[str]]:
             node["name"],
             " × ".join(map(str, node["shape"])),
             node["format"],
-            "" if node.get("smoothing") is None else f"{node['smoothing']:g}",
+            _folded(node),
             f"{node['bytes'] / 1e6:.2f}",
             f"{node['loss']:.6f}" if "loss" in node else "",
         ]
+
+
+def _folded(node: Mapping[str, Any]) -> str:
+    smoothing = "" if node.get("smoothing") is None else f"{node['smoothing']:g}"
+    return f"{smoothing} rotated".strip() if node.get("rotated") else smoothing
 
 
 def _plot(search: Mapping[str, Any]) -> str:

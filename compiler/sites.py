@@ -2,7 +2,7 @@
 
 A site is an input and the linear layers that read it: q, k, v of a layer are one, gate and up are one, for they run
 as one packed kernel. A choice is a weight format and, for kernels that quantize activations by the tensor, the exponent
-of a smoothing.
+of a smoothing and whether the context of attention is rotated.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch.func import functional_call
 
 from dsopt.compiler.calibrate import InputStatistics, Statistics
 from dsopt.compiler.checkpoint import Checkpoint
-from dsopt.compiler.gptq import inverse_factor, round_weights
+from dsopt.compiler.gptq import Feedback, error_feedback, round_weights
 from dsopt.compiler.passes.quantize_linears import GPTQ_ROWS, is_exact
 from dsopt.compiler.quantizers import (
     Blocks,
@@ -26,6 +26,7 @@ from dsopt.compiler.quantizers import (
     quantize_minima,
 )
 from dsopt.compiler.recipe import HEAD, Format
+from dsopt.compiler.rotation import rotation
 from dsopt.compiler.sensitivity import Observed
 from dsopt.compiler.smoothing import column_maxima, repeat_channels, shared_channels, smoothing_scales
 from dsopt.compiler.stream import BlockStream
@@ -52,9 +53,10 @@ _GROUPS = {"q_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",), "gat
 class Choice:
     format: Format
     alpha: float | None = None
+    rotated: bool = False
 
     def __str__(self) -> str:
-        return str(self.format) if self.alpha is None else f"{self.format} smoothed {self.alpha:g}"
+        return f"{self.format}{'' if self.alpha is None else f' smoothed {self.alpha:g}'}{' rotated' * self.rotated}"
 
 
 @dataclass(frozen=True)
@@ -133,14 +135,14 @@ class Pricer:
         k = linears[0].x.shape[1]
         site = Site(modules[0], tuple(modules), layer, sum(linear.w.shape[0] for linear in linears), k)
         inputs = self.statistics.input(site.name)
-        factor = cache(lambda: inverse_factor(inputs.gram, 1))  # the same for all whole blocks
+        feedback = cache(lambda block: error_feedback(inputs.gram, block))
         for form in offered_formats(k, self.arithmetic):
             if form.kernel == "w8a8":
                 if first in _UNLIKE or not form.per_token:
                     self._price_smoothed(site, linears, inputs, form)
             else:
                 exact = [self._is_exact(module, form) for module in modules]
-                weights = _rounded(linears, exact, form, factor, self.arithmetic.floats)
+                weights = _rounded(linears, exact, form, feedback, self.arithmetic.floats)
                 x = self.arithmetic.inputs(linears[0].x, form)
                 price = sum(seen.cost(x @ w.T) for seen, w in zip(linears, weights, strict=True))
                 site.prices[Choice(form)] = price
@@ -150,18 +152,24 @@ class Pricer:
         return is_exact(self.checkpoint.tensors[f"{module}.weight"], form)
 
     def _price_smoothed(self, site: Site, linears: list[Observed], inputs: InputStatistics, form: Format) -> None:
-        maxima = column_maxima([linear.w for linear in linears])
-        site.prices[Choice(form)] = _dynamic(linears, torch.ones_like(maxima), per_token=form.per_token)
-        absmax, heads = inputs.absmax, self.heads if site.name.endswith("o_proj") else None
-        if site.name.endswith("o_proj") and heads is None:
+        maxima, absmax = column_maxima([linear.w for linear in linears]), inputs.absmax
+        is_context = site.name.endswith("o_proj")
+        if is_context and self.heads is None:
+            site.prices[Choice(form)] = _dynamic(linears, torch.ones_like(maxima), per_token=form.per_token)
             return
+        heads = self.heads if is_context else None
+        head = site.k // heads[0] if heads else None
         if heads:
             absmax, maxima = shared_channels(absmax, *heads), shared_channels(maxima, *heads)
-        for alpha in ALPHAS[str(form)]:
-            scales = smoothing_scales(absmax, maxima, alpha)
+        for alpha in (None, *ALPHAS[str(form)]):
+            scales = torch.ones_like(maxima) if alpha is None else smoothing_scales(absmax, maxima, alpha)
+            if alpha is not None:
+                site.scales[alpha] = scales
             whole = repeat_channels(scales, *heads) if heads else scales
-            site.scales[alpha] = scales
             site.prices[Choice(form, alpha)] = _dynamic(linears, whole, per_token=form.per_token)
+            if head:
+                price = _dynamic(linears, whole, per_token=form.per_token, head=head)
+                site.prices[Choice(form, alpha, rotated=True)] = price
 
 
 def offered_formats(k: int, arithmetic: Arithmetic = CPU) -> list[Format]:
@@ -192,12 +200,12 @@ def price_head(
     log_p = linear(x).log_softmax(-1)
     n, k = w.shape
     site = Site(HEAD, (HEAD,), None, n, k, copies=2 if name == f"{HEAD}.weight" else 1)
-    factor = cache(lambda: inverse_factor(statistics.input(HEAD).gram, 1))
+    feedback = cache(lambda block: error_feedback(statistics.input(HEAD).gram, block))
     for form in offered_formats(k, arithmetic):
         if form.kernel not in ("nbits", "none", "fp8") or form.minima:
             continue
         seen, exact = [Observed(x, w, x, x)], [is_exact(checkpoint.tensors[name], form)]
-        rounded = _rounded(seen, exact, form, factor, arithmetic.floats)[0]
+        rounded = _rounded(seen, exact, form, feedback, arithmetic.floats)[0]
         log_q = functional_call(linear, {"weight": rounded}, arithmetic.inputs(x, form)).log_softmax(-1)
         price = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
         if form.kernel == "nbits":  # beside any other head the embedding stays float
@@ -231,12 +239,12 @@ def quantize_activations(x: Tensor, block: int) -> Tensor:
     return ((blocks / scales).round() * scales).flatten(1)
 
 
-def _dynamic(linears: list[Observed], scales: Tensor, *, per_token: bool) -> float:
+def _dynamic(linears: list[Observed], scales: Tensor, *, per_token: bool, head: int | None = None) -> float:
     """The price of DynamicQuantizeMatMul on x / scales: uint8 with one scale and zero point for a chunk of rows.
 
-    `per_token`: each row was divided by its largest value before.
+    `per_token`: each row was divided by its largest value before. `head`: so many channels each are rotated before.
     """
-    x, parts = linears[0].x / scales, []
+    x, parts = _in_basis(linears[0].x / scales, head), []
     largest = x.abs().amax(1, keepdim=True).clamp_min(1e-20) if per_token else torch.ones(len(x), 1)
     for rows in (x / largest).split(PREFILL_CHUNK):
         low, high = rows.amin().clamp_max(0), rows.amax().clamp_min(0)
@@ -246,21 +254,26 @@ def _dynamic(linears: list[Observed], scales: Tensor, *, per_token: bool) -> flo
     x = torch.cat(parts) * largest
     price = 0.0
     for linear in linears:
-        codes, steps = quantize_columns(linear.w * scales)
+        codes, steps = quantize_columns(_in_basis(linear.w * scales, head))
         price += linear.cost(x @ (codes.float() * steps[:, None]).T)
     return price
+
+
+def _in_basis(x: Tensor, head: int | None) -> Tensor:
+    """Columns [.., K] as `rotation.Rotated` has them."""
+    return x if head is None else (x.unflatten(1, (-1, head)) @ torch.from_numpy(rotation(head))).flatten(1)
 
 
 def _rounded(
     linears: list[Observed],
     exact: list[bool],
     form: Format,
-    factor: Callable[[], Tensor],
+    feedback: Callable[[int], Feedback],
     floats: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """The weights as the format will hold them, with scales of type `floats`: float32 [N, K] each.
 
-    GPTQ rounds all that read one input at once; `factor` is the `inverse_factor` of the input's Gram matrix.
+    GPTQ rounds all that read one input at once; `feedback` is that of the input's Gram matrix, by the size of a block.
     """
     if all(exact):
         return [linear.w for linear in linears]
@@ -276,10 +289,10 @@ def _rounded(
             codes, scales = quantize_fp8(w[start:stop], form.block)
             out[start:stop] = codes.float() * scales.repeat_interleave(form.block, 1)[:, : w.shape[1]]
     elif form.bits < 8:
-        upper = factor()
+        passed_on = feedback(form.block)
 
         def work(start: int, stop: int) -> None:
-            out[start:stop] = _values(round_weights(w[start:stop], upper, form), w.shape[1], floats)
+            out[start:stop] = _values(round_weights(w[start:stop], passed_on, form), w.shape[1], floats)
     else:
 
         def work(start: int, stop: int) -> None:

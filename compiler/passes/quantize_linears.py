@@ -14,7 +14,7 @@ from dsopt.compiler.checkpoint import Tensor
 from dsopt.compiler.fp8 import Fp8Tensor
 from dsopt.compiler.gguf import GgufTensor
 from dsopt.compiler.gguf_blocks import counterpart, repack
-from dsopt.compiler.gptq import inverse_factor, round_weights
+from dsopt.compiler.gptq import Feedback, error_feedback, round_weights
 from dsopt.compiler.kernels import linear_node, weight_parts, with_block_means
 from dsopt.compiler.quantizers import (
     Blocks,
@@ -163,10 +163,10 @@ def _block_codes(
         zeros[start:stop] = pack(made.zero_points)
 
     if evidence is not None and form.bits < 8 and not is_exact(weight.tensor, form):
-        factor = inverse_factor(evidence().gram, form.block)
+        feedback = error_feedback(evidence().gram, form.block)
 
         def work(start: int, stop: int) -> None:
-            keep(start, stop, _fed_back(weight, start, stop, factor, form))
+            keep(start, stop, _fed_back(weight, start, stop, feedback, form))
 
         for_row_chunks(n, k, work, GPTQ_ROWS)
     else:
@@ -174,8 +174,8 @@ def _block_codes(
     return {"codes": codes, "scales": scales, **({"zeros": zeros} if form.zero_points else {})}
 
 
-def _fed_back(weight: Weight, start: int, stop: int, factor: torch.Tensor, form: Format) -> Blocks:
-    return round_weights(torch.from_numpy(weight.read(start, stop)), factor, form)
+def _fed_back(weight: Weight, start: int, stop: int, feedback: Feedback, form: Format) -> Blocks:
+    return round_weights(torch.from_numpy(weight.read(start, stop)), feedback, form)
 
 
 def _rounded(weight: Weight, start: int, stop: int, form: Format) -> Blocks:

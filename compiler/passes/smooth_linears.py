@@ -45,7 +45,7 @@ class SmoothLinears(ir.passes.InPlacePass):
         maker = _MAKERS.get(first)
         _multiply(linears[maker].weight if maker else _norm(readers), rows=(1 / scales).numpy())
         if first == "o":
-            scales = repeat_channels(scales, *_heads(readers[0]))
+            scales = repeat_channels(scales, *heads_before(readers[0]))
         for reader in readers:
             _multiply(reader.weight, columns=scales.numpy())
 
@@ -77,7 +77,7 @@ def _norm(readers: list[Linear]) -> ir.Value:
     return weight
 
 
-def _heads(output: Linear) -> tuple[int, int]:
+def heads_before(output: Linear) -> tuple[int, int]:
     """Query heads and key-value heads of the attention before an output projection."""
     context = output.node.inputs[0]
     attention = context.producer() if context is not None else None

@@ -16,7 +16,7 @@ from dsopt.compiler.corpus import HELD, TOKENS, WINDOWS, read_windows
 from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.reference import Reference
-from dsopt.compiler.search import Goal
+from dsopt.compiler.search import Goal, solve
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.quality import Comparison, session_scorer
@@ -101,6 +101,7 @@ def test_prices_tell_more_bits_from_fewer(studied: Callable[..., tuple[Checkpoin
         if site.layer is not None:
             assert prices["int4-min"] < 2 * prices["int4-zp"]
             assert {f"w8a8 smoothed {alpha:g}" for alpha in site.scales} < set(prices)
+            assert any(choice.rotated for choice in site.prices) == site.name.endswith("o_proj")
             assert ("w8a8-token" in prices) == site.name.endswith(("o_proj", "down_proj"))
 
 
@@ -116,6 +117,26 @@ def test_the_price_of_a_head_is_that_of_its_embedding_too(
     made = dataclasses.replace(made, choices={**made.choices, "lm_head": four})
     compressing._build(checkpoint, found, made, tmp_path / "out", "auto", compressing.no_stage)
     assert 0.4 < found.sites[-1].prices[four] / divergence(checkpoint, tmp_path / "out") < 2.5
+
+
+def test_values_are_rotated_unless_a_file_has_their_codes(
+    studied: Callable[..., tuple[Checkpoint, Study]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    goal, out = Goal(0.05), tmp_path / "out"
+    checkpoint, found = studied(goal)
+    for site in found.sites:
+        if site.name.endswith("o_proj"):  # nothing else is worth taking
+            site.prices = {choice: price for choice, price in site.prices.items() if choice.rotated}
+    made = compress(checkpoint, found, goal, out, "auto")
+    assert [node["name"] for node in made.nodes if node.get("rotated")] == [
+        f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)
+    ]
+    assert divergence(checkpoint, out) == pytest.approx((made.quality or {})["kld_mean"], rel=1e-3)
+    assignment = solve(found.sites, found.options(goal), goal.loss)
+    assert assignment is not None
+    monkeypatch.setattr(compressing, "is_exact", lambda tensor, form: ".0.self_attn.v_proj" in tensor.name)
+    kept = compressing.rotated_sites(checkpoint, found.sites, assignment)
+    assert kept == {"model.layers.1.self_attn.o_proj"}
 
 
 def test_a_looser_goal_is_faster(studied: Callable[..., tuple[Checkpoint, Study]]) -> None:

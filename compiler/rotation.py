@@ -1,0 +1,49 @@
+"""Values rotated within a head, so that no channel of the context stands out (R2 of SpinQuant, arXiv:2405.16406).
+
+The context of attention is a mean of values: an orthogonal matrix on the values of a key-value head (rows of v) comes
+out in the context of every head that shares it, and is undone in the columns of o. Nothing is left to do at run time.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from dsopt.compiler.checkpoint import Tensor
+
+
+@cache
+def rotation(size: int) -> np.ndarray:
+    """A Hadamard matrix with signs drawn for each row, orthogonal: float32 [size, size].
+
+    Where `size` is no power of two it is of blocks along the diagonal, of the largest power that divides it.
+    """
+    block = np.ones((1, 1))
+    while size % (2 * len(block)) == 0:
+        block = np.block([[block, block], [block, -block]])
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (size, 1))  # values have a mean: plain sums would gather it
+    return (signs * np.kron(np.eye(size // len(block)), block) / len(block) ** 0.5).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Rotated(Tensor):
+    """Each `head` channels of `source` in the basis `rotation(head)`: rows of axis 0, or the columns of a matrix."""
+
+    source: Tensor
+    head: int
+    axis: int
+
+    def _rows(self, start: int, stop: int) -> np.ndarray:
+        matrix = rotation(self.head)
+        if self.axis == 1:
+            data = self.source.read(start, stop)
+            return (data.reshape(len(data), -1, self.head) @ matrix).reshape(data.shape)
+        first, last = start // self.head * self.head, -(-stop // self.head) * self.head
+        data = self.source.read(first, last)
+        rotated = matrix.T @ data.reshape(-1, self.head, data[:1].size)
+        return np.asarray(rotated.reshape(data.shape)[start - first : stop - first])
+
+
+def rotate(source: Tensor, head: int, axis: int) -> Rotated:
+    """A view of `source`; nothing is read."""
+    return Rotated(source.name, source.shape, source.dtype, source.nbytes, source, head, axis)
