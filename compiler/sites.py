@@ -108,15 +108,17 @@ class Pricer:
     """Prices the sites of each layer as a sweep back passes it (`sensitivity.sweep_back` calls it)."""
 
     def __init__(
-        self, checkpoint: Checkpoint, statistics: Statistics, heads: int, kv_heads: int, arithmetic: Arithmetic = CPU
+        self, checkpoint: Checkpoint, statistics: Statistics, head_dim: int, arithmetic: Arithmetic = CPU
     ) -> None:
-        self.checkpoint, self.statistics, self.heads = checkpoint, statistics, (heads, kv_heads)
+        self.checkpoint, self.statistics, self.head_dim = checkpoint, statistics, head_dim
         self.arithmetic = arithmetic
         self.sites: list[Site] = []
 
     def __call__(self, layer: int, seen: dict[str, Observed]) -> None:
         with torch.no_grad():
-            made = [self._site(layer, first, seen) for first in _GROUPS]
+            # A layer that was pruned may lack its attention or its feed-forward.
+            leaves = {module.rpartition(".")[2] for module in seen}
+            made = [self._site(layer, first, seen) for first in _GROUPS if first in leaves]
         self.sites[:0] = made  # the sweep goes back, the list goes forth
 
     def _site(self, layer: int, first: str, seen: dict[str, Observed]) -> Site:
@@ -129,7 +131,7 @@ class Pricer:
         for form in offered_formats(k, self.arithmetic):
             if form.kernel == "w8a8":
                 if first in _UNLIKE or not form.per_token:
-                    self._price_smoothed(site, linears, inputs, form)
+                    self._price_smoothed(site, linears, inputs, form, self._heads(layer, seen))
             else:
                 exact = [self._is_exact(module, form) for module in modules]
                 weights = _rounded(linears, exact, form, factor, self.arithmetic.floats)
@@ -141,16 +143,24 @@ class Pricer:
     def _is_exact(self, module: str, form: Format) -> bool:
         return is_exact(self.checkpoint.tensors[f"{module}.weight"], form)
 
-    def _price_smoothed(self, site: Site, linears: list[Observed], inputs: InputStatistics, form: Format) -> None:
+    def _heads(self, layer: int, seen: dict[str, Observed]) -> tuple[int, int]:
+        """Query heads and key-value heads of a layer; none without attention."""
+        leaves = (seen.get(f"model.layers.{layer}.self_attn.{leaf}") for leaf in ("q_proj", "k_proj"))
+        heads, kv_heads = (leaf.w.shape[0] // self.head_dim if leaf else 0 for leaf in leaves)
+        return heads, kv_heads
+
+    def _price_smoothed(
+        self, site: Site, linears: list[Observed], inputs: InputStatistics, form: Format, heads: tuple[int, int]
+    ) -> None:
         maxima = column_maxima([linear.w for linear in linears])
         site.prices[Choice(form)] = _dynamic(linears, torch.ones_like(maxima), per_token=form.per_token)
         absmax = inputs.absmax
         is_context = site.name.endswith("o_proj")
         if is_context:
-            absmax, maxima = shared_channels(absmax, *self.heads), shared_channels(maxima, *self.heads)
+            absmax, maxima = shared_channels(absmax, *heads), shared_channels(maxima, *heads)
         for alpha in ALPHAS[str(form)]:
             scales = smoothing_scales(absmax, maxima, alpha)
-            whole = repeat_channels(scales, *self.heads) if is_context else scales
+            whole = repeat_channels(scales, *heads) if is_context else scales
             site.scales[alpha] = scales
             site.prices[Choice(form, alpha)] = _dynamic(linears, whole, per_token=form.per_token)
 

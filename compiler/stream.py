@@ -40,8 +40,10 @@ class BlockStream:
 
     def block(self, layer: int) -> nn.Module:
         """The block of one layer, `forward(x, *state(...))`; its parameters take no gradient."""
-        prefix = f"model.layers.{layer}."
-        return self._filled(lambda model: model.model.layers[0], prefix)
+        prefix, block = f"model.layers.{layer}.", self.blank()
+        if self.checkpoint.changes:
+            shrink(block, self.config.head_dim, lambda name: self.checkpoint.tensors.get(prefix + name))
+        return self._filled(block, prefix)
 
     def state(self, windows: int, tokens: int) -> list[Tensor]:
         """What a block wants beside its input, for sequences that start at position 0."""
@@ -57,7 +59,7 @@ class BlockStream:
 
     def norm(self) -> nn.Module:
         """The norm before the head."""
-        return self._filled(lambda model: model.model.norm, "model.norm.")
+        return self._filled(self.blank(lambda model: model.model.norm), "model.norm.")
 
     def head(self) -> nn.Sequential:
         """Final norm and head: hidden states [..., width] -> logits [..., vocab]."""
@@ -70,8 +72,7 @@ class BlockStream:
         with torch.device("meta"):
             return part(self.family.Model(dataclasses.replace(self.config, num_hidden_layers=1)))
 
-    def _filled(self, part: Callable[[Any], nn.Module], prefix: str) -> nn.Module:
-        module = self.blank(part)
+    def _filled(self, module: nn.Module, prefix: str) -> nn.Module:
         state = {name: torch.from_numpy(self._tensor(prefix + name).read()) for name in module.state_dict()}
         module.load_state_dict(state, assign=True)
         return module.eval().requires_grad_(False)
@@ -81,6 +82,36 @@ class BlockStream:
         if tensor is None:
             raise DsoptError(f"{self.checkpoint.source.path}: tensor {name} is missing")
         return tensor
+
+
+class _NoAttention(nn.Module):
+    """In place of one that was pruned: adds nothing to the hidden states [b, s, width], and has no cache."""
+
+    def forward(self, x: Tensor, past_key: Tensor, past_value: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.zeros_like(x), past_key, past_value
+
+
+class _NoMlp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def shrink(block: Any, head_dim: int, find: Callable[[str], Any]) -> None:
+    """Make a blank block as wide as the tensors that `find` gives by their names in it, where it was pruned."""
+    if find("self_attn.o_proj.weight") is None:
+        block.self_attn = _NoAttention()
+    if find("mlp.down_proj.weight") is None:
+        block.mlp = _NoMlp()
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) and (tensor := find(f"{name}.weight")) is not None:
+            module.out_features, module.in_features = tensor.shape
+            module.weight = nn.Parameter(torch.empty(tensor.shape, device="meta"))
+    if (query := find("self_attn.q_proj.weight")) is not None:
+        block.self_attn.heads = query.shape[0] // head_dim
+        block.self_attn.kv_heads = groups = find("self_attn.k_proj.weight").shape[0] // head_dim
+        block.self_attn.register_forward_pre_hook(
+            lambda _module, inputs: (inputs[0], *(cache[:, :groups] for cache in inputs[1:3]), *inputs[3:])
+        )
 
 
 @contextmanager

@@ -7,11 +7,12 @@ down to bytes. Text of kept tokens encodes as before, since a merge that was tak
 """
 
 import dataclasses
+import hashlib
 import heapq
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,14 @@ _IDS = frozenset(
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """`kept` old ids ascending, int64; a token's new id is its place there. `record` is for the manifest."""
+    """`kept` old ids ascending, int64; a token's new id is its place there. `record` is for the manifest.
+
+    `parts`: by old id the two ids that a token is merged from.
+    """
 
     kept: NDArray[np.int64]
     record: Mapping[str, Any]
+    parts: Mapping[int, tuple[int, int]] = field(default_factory=dict, repr=False)
 
     def new_id(self, old: int) -> int | None:
         place = int(np.searchsorted(self.kept, old))
@@ -50,7 +55,8 @@ class Ranking:
 
     order int64 [tokens]: bytes and added tokens first, then what the text needs, then the others; each behind what it
     is merged from. `least` of them cannot go, `whole` has all of the text. left float64 [tokens + 1]: by how many
-    pieces more a token of text is said where so many are kept. seen: distinct tokens of the text.
+    pieces more a token of text is said where so many are kept. seen: distinct tokens of the text. parts: by id, the
+    two that a token is merged from.
     """
 
     order: NDArray[np.int64]
@@ -58,6 +64,7 @@ class Ranking:
     least: int
     whole: int
     seen: int
+    parts: Mapping[int, tuple[int, int]]
 
     def take(self, size: int | None = None) -> Vocabulary:
         """About `size` tokens, or all of the text and so many others that no more than DROPPED is gone."""
@@ -71,7 +78,7 @@ class Ranking:
             "seen": self.seen,
             "dropped_share": max(float(self.left[count]), 0.0),
         }
-        return Vocabulary(np.sort(self.order[:count]), record)
+        return Vocabulary(np.sort(self.order[:count]), record, self.parts)
 
 
 def choose_vocabulary(tokenizer_json: bytes, text: str, size: int | None = None) -> Vocabulary:
@@ -103,7 +110,7 @@ def rank_tokens(tokenizer_json: bytes, text: str) -> Ranking:
     order = [*sorted(stays), *reversed(gone)]
     left = np.concatenate([np.cumsum(costs)[::-1], np.zeros(len(stays) + 1)])
     left = np.concatenate([np.full(len(stays), left[0]), left[: len(gone) + 1]])
-    return Ranking(np.array(order, np.int64), left, len(stays), len(stays | wanted), len(counts))
+    return Ranking(np.array(order, np.int64), left, len(stays), len(stays | wanted), len(counts), merges_of)
 
 
 def _drop_all(
@@ -188,7 +195,13 @@ def prune_vocabulary(checkpoint: Checkpoint, vocabulary: Vocabulary) -> Checkpoi
     for name in ("generation_config.json", "tokenizer_config.json"):
         if name in files:
             files[name] = json.dumps(_renumber_ids(json.loads(files[name]), vocabulary), ensure_ascii=False).encode()
-    return dataclasses.replace(checkpoint, config=config, tensors={**checkpoint.tensors, **tables}, files=files)
+    return dataclasses.replace(
+        checkpoint,
+        config=config,
+        tensors={**checkpoint.tensors, **tables},
+        files=files,
+        changes=hashlib.sha256(f"{checkpoint.changes} tokens".encode() + vocabulary.kept.tobytes()).hexdigest(),
+    )
 
 
 def _renumber_ids(fields: Mapping[str, Any], vocabulary: Vocabulary) -> dict[str, Any]:

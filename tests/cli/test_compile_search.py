@@ -158,7 +158,7 @@ WRONG = {
     "--max-size 5": "--max-size",
     "--for games": "--for",
     "--quant int4 --max-quality-loss 0.1": "nothing to search",
-    "--prune layers=1 --allow-miss": "nothing to search",
+    "--quant int8 --prune layers=1 --allow-miss": "nothing to search",
     "--draft self --report page.html": "nothing to search",
     "--quant int8 --for batch": "nothing to search",
     "--quant int8 --profile dsopt.json": "nothing to search",
