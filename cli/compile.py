@@ -49,7 +49,7 @@ def compile_command(
         str | None,
         typer.Option(
             "--max-quality-loss",
-            help=f"What auto, with --prune, may lose: nats (KL divergence), N% of perplexity. [default: {DEFAULT_LOSS}]",
+            help=f"What auto, with --prune, may lose: nats (KL divergence) or N% of ppl. [default: {DEFAULT_LOSS}]",
             show_default=False,
         ),
     ] = None,

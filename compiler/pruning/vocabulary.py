@@ -1,8 +1,10 @@
 """A smaller vocabulary, chosen by a text: what text of its kind does not need leaves tables and tokenizer.
 
 What is kept: every token of the text's encoding, every part that a kept token is merged from, single bytes, added
-tokens, and, because no text shows everything, the likeliest of the others (see `token_rates`); or, where a size is
-said, those without which a text takes most pieces more. Any text still encodes: what is gone comes in more pieces,
+tokens, and, because no text shows everything, the likeliest of the others (see `token_rates`). Other texts in the same
+language are told too: what is no word (spaces, punctuation, digits) stays, since that is what differs most from text to
+text and is little, and a tenth and a half of what is to be encoded is taken to be any text in the same script. Where a
+size is said, text of this very kind alone counts, and those stay without which it takes most pieces more. Any text still encodes: what is gone comes in more pieces,
 down to bytes. Text of kept tokens encodes as before, since a merge that was taken is part of how its token is made.
 """
 
@@ -21,10 +23,11 @@ from numpy.typing import NDArray
 
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.pruning.tensors import select
-from dsopt.compiler.pruning.token_rates import unseen_rates
+from dsopt.compiler.pruning.token_rates import general_rates, is_word, unseen_rates
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.tokenizer import Tokenizer
 
+ELSEWHERE = 0.15  # of what will be encoded, text unlike the one that chooses
 DROPPED = 0.001  # pieces that a token of text may have more: the model never met them there, each costs 6 nats
 MULTIPLE = 64  # rows of a table: what the kernels like
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -82,15 +85,23 @@ class Ranking:
 
 
 def choose_vocabulary(tokenizer_json: bytes, text: str, size: int | None = None) -> Vocabulary:
-    """The tokens to keep, about `size` or as many as leave out DROPPED of the tokens of text of this kind.
+    """The tokens to keep: about `size`, by text of this kind, or as many as leave out DROPPED of the tokens of text in
+    this language; `alike` in the record is how many would do for text of this kind.
 
     Raises DsoptError on a tokenizer that is no BPE or cannot fall back to bytes.
     """
-    return rank_tokens(tokenizer_json, text).take(size)
+    alike = rank_tokens(tokenizer_json, text).take(size)
+    if size is not None:
+        return alike
+    made = rank_tokens(tokenizer_json, text, ELSEWHERE).take()
+    return dataclasses.replace(made, record={**made.record, "alike": alike.record["tokens"]})
 
 
-def rank_tokens(tokenizer_json: bytes, text: str) -> Ranking:
-    """Raises DsoptError on a tokenizer that is no BPE or cannot fall back to bytes."""
+def rank_tokens(tokenizer_json: bytes, text: str, elsewhere: float = 0.0) -> Ranking:
+    """By what is needed for text of this kind, and for other text in its language as a share `elsewhere` of all.
+
+    Raises DsoptError on a tokenizer that is no BPE or cannot fall back to bytes.
+    """
     spec = json.loads(tokenizer_json)
     _check(spec)
     tokenizer = Tokenizer.from_bytes(tokenizer_json, Path("tokenizer.json"))
@@ -104,6 +115,11 @@ def rank_tokens(tokenizer_json: bytes, text: str) -> Ranking:
     basic = [token for token in vocabulary if len(token) == 1 or _is_byte(token)]
     basic += [unknown for unknown in (spec["model"].get("unk_token"),) if unknown in vocabulary]
     stays = added | {vocabulary[token] for token in basic}
+    if elsewhere:
+        general = general_rates(tokenizer, ids, texts)
+        rates = {id: (1 - elsewhere) * rates.get(id, 0.0) + elsewhere * general.get(id, 0.0) for id in texts}
+        other = (token for token, id in vocabulary.items() if not is_word(tokenizer, id))
+        stays |= {vocabulary[token] for token in _closed(other, parts)}
     wanted = {vocabulary[token] for token in _closed((texts[id] for id in counts if id in texts), parts)}
     merges_of = {vocabulary[token]: (vocabulary[x], vocabulary[y]) for token, (x, y) in parts.items()}
     gone, costs = _drop_all([*texts], stays, wanted, merges_of, rates)

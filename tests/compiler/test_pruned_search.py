@@ -34,7 +34,11 @@ RNG = np.random.default_rng(0)
 TEXT = RNG.integers(0, 256, (24, 32))
 SHAPE = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3, "intermediate_size": 96,
          "max_position_embeddings": 64}  # fmt: skip
-WORDS = "the cat sat on the mat while that other cat ate the hat of the man at the gate "
+WORDS = (
+    "Every morning the ferry carries letters, bread and newspapers over to the island; whoever waits at the landing "
+    "knows the captain by name. In winter nothing moves for days; then people read what they have read before.\n"
+)
+OTHER = "Ελλάδα while (++counter < maximum) { values[counter] = function(pointer); } return self.__init__;\n"
 SPEEDS = {"w8a8": 1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3, "int8-b64": 3.9, "int8": 4}
 
 
@@ -48,8 +52,8 @@ def trained() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=310, initial_alphabet=alphabet, show_progress=False)
-    tokenizer.train_from_iterator([WORDS * 4, "Ελλάδα while (i++) { } " * 20], trainer)
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([WORDS * 3, OTHER * 5], trainer)
     tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<|im_start|>", "<|im_end|>")])
     return tokenizer
 
@@ -58,11 +62,16 @@ def trained() -> Tokenizer:
 def pruned(tiny_llama_dir: Callable[..., Path], exported_once: None, tmp_path: Path) -> Callable[..., Pruned]:
     def make(text: str, **options: Any) -> Pruned:
         if "vocab" in text:
-            (tmp_path / "english").write_text(WORDS * 20)
+            (tmp_path / "english").write_text(WORDS)
             text = text.replace("vocab", f"vocab={tmp_path / 'english'}")
             tokenizer = trained()
             ends = [tokenizer.token_to_id(token) for token in ("<|im_start|>", "<|im_end|>")]
-            options |= {"tokenizer": tokenizer, "bos_token_id": ends[0], "eos_token_id": ends[1]}
+            options |= {
+                "tokenizer": tokenizer,
+                "vocab_size": tokenizer.get_vocab_size() + 3,
+                "bos_token_id": ends[0],
+                "eos_token_id": ends[1],
+            }
         checkpoint = open_checkpoint(str(tiny_llama_dir(**{**SHAPE, **options})))
         return prune(checkpoint, Recipe.parse("none"), Pruning.parse(text), "cpu", lambda _: TEXT[:-HELD])
 
@@ -100,15 +109,14 @@ def test_each_pruning_has_a_fingerprint_of_its_own(pruned: Callable[..., Pruned]
 
 
 def test_tokens_that_are_gone_are_said_in_pieces(pruned: Callable[..., Pruned]) -> None:
-    made = pruned("vocab:262")
+    made = pruned("vocab:320")
     assert made.spelling is not None
     whole, smaller = (Tokenizer.from_buffer(c.files["tokenizer.json"]) for c in (made.whole, made.checkpoint))
-    for text in (WORDS, "Ελλάδα while"):
+    for text in (WORDS, OTHER):
         ids = np.array(whole.encode(text, add_special_tokens=False).ids)
         pieces, ends = made.spelling.spell(ids)
         assert smaller.decode(pieces.tolist()) == text
-        assert len(pieces) == ends[-1]
-        assert (len(pieces) > len(ids)) == (text != WORDS)
+        assert len(pieces) == ends[-1] > len(ids)
         assert smaller.decode(pieces[: ends[2]].tolist()) == whole.decode(ids[:3].tolist())
     assert made.spelling.windows(ids[None, :5]).shape == (1, 5)
 
@@ -120,10 +128,10 @@ def test_first_pieces_have_the_probability_of_all_that_begin_so() -> None:
 
 def test_the_divergence_of_two_vocabularies(pruned: Callable[..., Pruned]) -> None:
     """As if every word of two tokens were asked for: -ln of its probability, piece after piece."""
-    made = pruned("vocab:262")
+    made = pruned("vocab:320")
     assert made.spelling is not None
     whole = Tokenizer.from_buffer(made.whole.files["tokenizer.json"])
-    ids = np.array(whole.encode(WORDS + "Ελλάδα ", add_special_tokens=False).ids)[None, :24]
+    ids = np.array(whole.encode(WORDS[:60] + OTHER, add_special_tokens=False).ids)[None, :32]
     judge = Judge.of(BlockStream(made.whole), ids, made.spelling)
     (text,) = judge.texts()
     assert len(text) == ids.shape[1]
@@ -138,7 +146,7 @@ def test_the_divergence_of_two_vocabularies(pruned: Callable[..., Pruned]) -> No
     known = [-log_p[t - 1, ids[0, t]] for t in told]
     assert found["tokens"] == len(told)
     assert told.stop < ids.shape[1]
-    assert max(np.diff(ends)[told.start : told.stop - 1]) > 2
+    assert max(np.diff(ends)[told.start : told.stop - 1]) > 1
     assert found["ln_ppl_ratio"] == pytest.approx(np.mean(said) - np.mean(known), rel=1e-4)
     # Where tokens are drawn from p, ln p - ln q of what is drawn has the divergence as its mean: here the first pieces'
     # part is that mean, the rest is of the text.
