@@ -2,10 +2,11 @@
 
 What is kept: every token of the text's encoding, every part that a kept token is merged from, single bytes, added
 tokens, and, because no text shows everything, the likeliest of the others (see `token_rates`). Other texts in the same
-language are told too: what is no word (spaces, punctuation, digits) stays, since that is what differs most from text to
-text and is little, and a tenth and a half of what is to be encoded is taken to be any text in the same script. Where a
-size is said, text of this very kind alone counts, and those stay without which it takes most pieces more. Any text still encodes: what is gone comes in more pieces,
-down to bytes. Text of kept tokens encodes as before, since a merge that was taken is part of how its token is made.
+language are thought of too: what is no word (spaces, punctuation, digits) stays, since texts differ most in that and it
+is little, and a part of what is to be encoded is taken to be any text in the same script. Where a size is said, text of
+this very kind alone counts, and those stay without which it takes most pieces more. Any text still encodes: what is
+gone comes in more pieces, down to bytes. Text of kept tokens encodes as before, since a merge that was taken is part of
+how its token is made.
 """
 
 import dataclasses
