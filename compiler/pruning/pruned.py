@@ -14,10 +14,11 @@ from dsopt.compiler.models import find_family
 from dsopt.compiler.pruning.auto import Choice, choose, measure_times
 from dsopt.compiler.pruning.decide import Cuts, decide
 from dsopt.compiler.pruning.options import Pruning
+from dsopt.compiler.pruning.renumber import prune_vocabulary
 from dsopt.compiler.pruning.spelling import Spelling
 from dsopt.compiler.pruning.stream import Sublayer
 from dsopt.compiler.pruning.tensors import Indices, select
-from dsopt.compiler.pruning.vocabulary import Vocabulary, choose_vocabulary, prune_vocabulary
+from dsopt.compiler.pruning.vocabulary import Vocabulary, choose_vocabulary
 from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.self_text import Calibrate
 from dsopt.runtime.errors import DsoptError

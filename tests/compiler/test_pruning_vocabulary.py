@@ -13,8 +13,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from dsopt.compiler import build
 from dsopt.compiler.checkpoint import Checkpoint, open_checkpoint
 from dsopt.compiler.pruning.options import Pruning
+from dsopt.compiler.pruning.renumber import prune_vocabulary
 from dsopt.compiler.pruning.token_rates import unseen_rates
-from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabulary, rank_tokens
+from dsopt.compiler.pruning.vocabulary import choose_vocabulary, rank_tokens
 from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.reference import Reference
 from dsopt.runtime.artifact import open_artifact
