@@ -161,8 +161,10 @@ def test_a_search_over_a_pruned_model(
     assert (code, stdout, stderr.count("\n")) == (1, "", 1)
     assert "--prune alone loses" in stderr
     assert list(tmp_path.glob("new/*")) == []
-    code, stdout, stderr = call(monkeypatch, capsys, *words, "--max-quality-loss", "9")
+    page = tmp_path / "page.html"
+    code, stdout, stderr = call(monkeypatch, capsys, *words, "--max-quality-loss", "9", "--report", str(page))
     assert (code, stdout, stderr) == (0, f"{out}\n", "")
+    assert "Pruned first (blocks=1), which took" in "".join(Page(page.read_text()).words)
     manifest = open_artifact(out).manifest
     assert manifest.recipe.startswith("auto,loss=9,for=chat,calib=")
     assert manifest.recipe.endswith(" prune blocks=1")
