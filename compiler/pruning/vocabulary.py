@@ -25,7 +25,7 @@ from dsopt.compiler.pruning.token_rates import general_rates, is_word, unseen_ra
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.tokenizer import Tokenizer
 
-ELSEWHERE = 0.15  # of what will be encoded, text unlike the one that chooses
+ELSEWHERE = 0.2  # of what will be encoded, text unlike the one that chooses
 DROPPED = 0.001  # pieces that a token of text may have more: the model never met them there, each costs 6 nats
 MULTIPLE = 64  # rows of a table: what the kernels like
 
