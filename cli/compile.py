@@ -13,7 +13,10 @@ from dsopt.cli.progress import note, progress_bar
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import numpy as np
+
     from dsopt.compiler.compress import Study
+    from dsopt.compiler.pruning.pruned import Pruned
     from dsopt.compiler.search import Goal
 
 
@@ -43,8 +46,13 @@ def compile_command(
         typer.Option(help="Drafter beside MODEL: self (a pruned copy), or a DeepSpec directory or hub id."),
     ] = None,
     loss: Annotated[
-        str, typer.Option("--max-quality-loss", help="What auto may lose: nats (KL divergence), or N% of perplexity.")
-    ] = DEFAULT_LOSS,
+        str | None,
+        typer.Option(
+            "--max-quality-loss",
+            help=f"What auto, with --prune, may lose: nats (KL divergence) or N% of ppl. [default: {DEFAULT_LOSS}]",
+            show_default=False,
+        ),
+    ] = None,
     size: Annotated[str | None, typer.Option("--max-size", help="What auto may weigh: 105MB.", metavar="SIZE")] = None,
     workload: Annotated[
         str, typer.Option("--for", help="What auto makes fast: chat, decode, prefill, batch, speculative.")
@@ -103,7 +111,7 @@ def _build(job: Job, directory: Path) -> None:
 def _search(job: Job, goal: "Goal", directory: Path) -> None:
     from dsopt.compiler.compress import compress
 
-    compress(
+    manifest = compress(
         job.checkpoint,
         _study(job, goal),
         goal,
@@ -113,6 +121,7 @@ def _search(job: Job, goal: "Goal", directory: Path) -> None:
         stage=_stage,
         report=note,
     )
+    note_rates(manifest.pruning)
 
 
 def _study(job: Job, goal: "Goal") -> "Study":
@@ -126,7 +135,16 @@ def _study(job: Job, goal: "Goal") -> "Study":
     else:
         with _stage("writing text") as progress:
             windows = self_windows(job.checkpoint, progress)
-    return study(job.checkpoint, windows, goal, _stage, setting)
+    pruned = _prune(job, windows) if job.pruning else None
+    return study(job.checkpoint, windows, goal, _stage, setting, pruned, allow_miss=job.order.allow_miss)
+
+
+def _prune(job: Job, windows: "np.ndarray") -> "Pruned":
+    """By the windows that do not judge."""
+    from dsopt.compiler.corpus import HELD
+    from dsopt.compiler.pruning.pruned import prune
+
+    return prune(job.checkpoint, job.recipe, job.pruning, job.target, lambda _: windows[:-HELD], note)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ class Order:
     dtype: str | None = None
     prune: str = "none"
     draft: str | None = None
-    loss: str = DEFAULT_LOSS
+    loss: str | None = None
     size: str | None = None
     workload: str = "chat"
     calib: Path | None = None
@@ -46,12 +46,12 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.insists and not self.searches:
-            raise UsageError("a search is asked for, but --quant, --prune or --draft leaves nothing to search")
+            raise UsageError("a search is asked for, but --quant or --draft leaves nothing to search")
 
     @property
     def insists(self) -> bool:
         """Whether an option is given that only a search has; a text to calibrate on is for pruning too."""
-        given = (self.loss, self.size, self.workload) != (DEFAULT_LOSS, None, "chat")
+        given = (self.loss, self.size, self.workload) != (None, None, "chat")
         given |= self.calib is not None and not self.prunes
         return given or self.allow_miss or bool(self.report) or bool(self.profile)
 
@@ -60,9 +60,14 @@ class Order:
         return self.prune != "none"
 
     @property
+    def budget(self) -> str:
+        return self.loss or DEFAULT_LOSS
+
+    @property
     def searches(self) -> bool:
-        """Whether formats are chosen by measurement rather than by the recipe."""
-        return self.quant == "auto" and self.prune == "none" and self.draft is None
+        """Whether formats are chosen by measurement rather than by the recipe; beside pruning, which most often loses
+        more than the default allows, only if an option of the search says so."""
+        return self.quant == "auto" and self.draft is None and (self.insists or not self.prunes)
 
 
 @dataclass(frozen=True)
@@ -84,13 +89,13 @@ class Job:
 
         target, recipe = _target_and_recipe(order)
         pruning = Pruning.parse(order.prune)
-        if order.calib and order.prunes and not pruning.needs_text:
+        if order.calib and order.prunes and not (pruning.needs_text or order.searches):
             raise UsageError(f"--calib: --prune {order.prune} needs no text to calibrate on; leave out one")
         order, goal = replace(order, target=target), None
         if order.searches and (order.insists or _is_here(target)):
             from dsopt.compiler.search import Goal
 
-            goal = Goal.parse(order.loss, order.size, order.workload)
+            goal = Goal.parse(order.budget, order.size, order.workload)
         checkpoint = open_checkpoint(model, progress=note)
         if goal is None and order.searches:
             recipe = _keep_float8(checkpoint, recipe, target)
@@ -104,7 +109,7 @@ class Job:
         if self.goal is None:
             text = full_text(self.recipe.text, self.pruning)
             return f"{text} calib={_digest(self.order.calib, _TEXTS)}" if self.order.calib else text
-        words = ["auto", f"loss={self.order.loss}", f"for={self.order.workload}"]
+        words = ["auto", f"loss={self.order.budget}", f"for={self.order.workload}"]
         words += [f"size={self.order.size}"] if self.order.size else []
         if self.order.calib:
             words.append(f"calib={_digest(self.order.calib, _TEXTS)}")
@@ -112,7 +117,7 @@ class Job:
             words.append(f"profile={_digest(_profile_file(self.order.profile), _PROFILES)}")
         if self.recipe.dtype != "fp32":
             words.append(f"dtype={self.recipe.dtype}")
-        return ",".join(words)
+        return full_text(",".join(words), self.pruning)
 
     def times(self) -> "KernelTable | None":
         """The kernel times that --profile names. Raises DsoptError where it has none."""

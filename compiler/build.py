@@ -36,12 +36,9 @@ from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
 from dsopt.compiler.passes.widen_logits import WidenLogits
 from dsopt.compiler.probe import probed
 from dsopt.compiler.pruning.account import describe_pruning
-from dsopt.compiler.pruning.auto import Choice, choose, measure_times
-from dsopt.compiler.pruning.decide import Cuts, decide
 from dsopt.compiler.pruning.head import choose_head
 from dsopt.compiler.pruning.options import NOTHING, Pruning, full_text
-from dsopt.compiler.pruning.stream import check_prunable
-from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabulary
+from dsopt.compiler.pruning.pruned import Pruned, prune
 from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.self_text import Calibrate
 from dsopt.compiler.smoothing import Scales
@@ -73,7 +70,7 @@ class Plan:
 def plan(
     checkpoint: Checkpoint,
     recipe: Recipe,
-    pruning: Pruning = NOTHING,
+    pruning: Pruning | Pruned = NOTHING,
     *,
     draft: DraftCheckpoint | None = None,
     target: str = "cpu",
@@ -88,27 +85,20 @@ def plan(
     A recipe that says no float type gets the target's own. `evidence` tells what the inputs of each linear layer look
     like; `rotated` are the output projections whose inputs are to be rotated with the values that they are made of.
     `calibrate` gives windows of token ids, all of one length, for a checkpoint; it is asked only where pruning needs
-    text. With a drafter the graph gives the outputs of the layers that it reads, and it is compiled beside the model.
-    `report` is told what is done. Raises DsoptError on a model that is not supported.
+    text and was not decided before. With a drafter the graph gives the outputs of the layers that it reads, and it is
+    compiled beside the model. `report` is told what is done. Raises DsoptError on a model that is not supported.
     """
     chosen = probed(target)
     recipe = recipe.with_dtype(chosen.check_dtype(recipe.said_dtype))
-    if pruning.needs_text:
-        check_prunable(checkpoint)
-    whole, vocabulary, automatic = checkpoint, None, None
-    if pruning.auto:
-        automatic = _choose(checkpoint, recipe, pruning, chosen.name, calibrate, report)
-        vocabulary = automatic.vocabulary
-    elif pruning.vocab:
-        report("choosing tokens")
-        vocabulary = choose_vocabulary(checkpoint.files["tokenizer.json"], pruning.read_corpus(), pruning.tokens)
-    if vocabulary:
-        checkpoint = prune_vocabulary(checkpoint, vocabulary)
     family = find_family(checkpoint.config.get("model_type"))
-    config = family.Config.from_dict(checkpoint.config)
     # A model that cannot be spoken to is not worth compiling: a broken tokenizer is an error now.
     Tokenizer.from_bytes(checkpoint.files["tokenizer.json"], checkpoint.source.path / "tokenizer.json")
-    _check_names(checkpoint, config)
+    _check_names(checkpoint, family.Config.from_dict(checkpoint.config))
+    decided = pruning
+    if isinstance(decided, Pruning):
+        decided = prune(checkpoint, recipe, decided, chosen.name, calibrate, report)
+    pruning, checkpoint = decided.pruning, decided.checkpoint
+    config = family.Config.from_dict(checkpoint.config)
     if draft:
         _check_draft(draft, config, chosen.name, pruning)
     taps = draft.config.taps if draft else ()
@@ -122,20 +112,19 @@ def plan(
     nodes = describe_weights(model, recipe, tied=config.tie_word_embeddings)
     pruned, said = None, None
     if pruning:
-        cuts = _cuts(whole, pruning, automatic, calibrate, report)
+        cuts = decided.cuts
         for step in (PruneFeatures(cuts.channels, cuts.groups, cuts.weights), PruneBlocks(cuts.removed)):
             step(model)
         if pruning.head:
-            vocab = config.vocab_size
-            said = choose_head(
-                calibrate(checkpoint), round(pruning.head * vocab), vocab, token_ids(checkpoint, vocab)[1]
-            )
+            size = config.vocab_size
+            said = choose_head(calibrate(checkpoint), round(pruning.head * size), size, token_ids(checkpoint, size)[1])
             ShortenHead(said)(model)
             fact = {"head": {"tokens": len(said), "of": config.vocab_size}}
             cuts = dataclasses.replace(cuts, steps={**cuts.steps, **fact})
-        before = [with_rows(node, recipe, whole.config["vocab_size"]) for node in nodes]
+        before = [with_rows(node, recipe, decided.whole.config["vocab_size"]) for node in nodes]
         nodes = describe_weights(model, recipe, tied=config.tie_word_embeddings and not pruning.head)
-        pruned = describe_pruning(pruning.text, before, nodes, cuts, vocabulary.record if vocabulary else {})
+        vocab = decided.vocabulary.record if decided.vocabulary else {}
+        pruned = describe_pruning(pruning.text, before, nodes, cuts, vocab)
     for line in rounded_again(checkpoint, nodes):
         report(line)
     sizes = describe_sizes(model, config)
@@ -192,38 +181,6 @@ def add_draft(plan: Plan, name: str, draft: Plan) -> Plan:
     """The plan with another one to be written to the directory `name` inside, as a drafter."""
     manifest = dataclasses.replace(plan.manifest, drafters=(*plan.manifest.drafters, name))
     return dataclasses.replace(plan, manifest=manifest, drafts={**plan.drafts, name: draft})
-
-
-def _choose(
-    checkpoint: Checkpoint,
-    recipe: Recipe,
-    pruning: Pruning,
-    target: str,
-    calibrate: Calibrate,
-    report: Callable[[str], None],
-) -> Choice:
-    if target != "cpu":
-        raise DsoptError(f"--prune auto: kernels are timed on the cpu alone so far, the target is {target}; "
-                         "name what to remove, as blocks=3")  # fmt: skip
-    config = find_family(checkpoint.config.get("model_type")).Config.from_dict(checkpoint.config)
-    windows = calibrate(checkpoint)
-    report("timing kernels")
-    return choose(checkpoint, pruning, measure_times(config, recipe, target), windows, report)
-
-
-def _cuts(
-    whole: Checkpoint,
-    pruning: Pruning,
-    automatic: Choice | None,
-    calibrate: Calibrate,
-    report: Callable[[str], None],
-) -> Cuts:
-    """Blocks do not know the vocabulary: they are judged and repaired with the whole one."""
-    if automatic is None:
-        return decide(whole, pruning, calibrate(whole), report) if pruning.needs_text else Cuts()
-    if not automatic.removed:
-        return Cuts()
-    return decide(whole, pruning, calibrate(whole), report, removed=automatic.removed, steps=automatic.steps)
 
 
 def _check_draft(draft: DraftCheckpoint, config: Any, target: str, pruning: Pruning) -> None:

@@ -84,7 +84,7 @@ def _input(directory: Path, layer: int, name: str) -> InputStatistics:
 
 
 def fingerprint(source: str, windows: np.ndarray, held: int) -> str:
-    """Of a checkpoint (its SHA-256) and a text: what statistics depend on."""
+    """Of a checkpoint (its own fingerprint) and a text: what statistics depend on."""
     text = hashlib.sha256(np.ascontiguousarray(windows, np.int64).tobytes()).hexdigest()
     return hashlib.sha256(f"{_VERSION} {source} {windows.shape} {held} {text}".encode()).hexdigest()[:32]
 
@@ -98,7 +98,7 @@ def calibrate(
     On disk: for each layer the Gram matrices of its inputs and a few hidden states, in float32.
     """
     assert len(windows) >= SAMPLE + held
-    directory = cache_dir() / "statistics" / fingerprint(stream.checkpoint.source.sha256, windows, held)
+    directory = cache_dir() / "statistics" / fingerprint(stream.checkpoint.fingerprint, windows, held)
     directory.mkdir(parents=True, exist_ok=True)
     found = Statistics(directory, windows, held, stream.depth)
     first = next((layer for layer in range(stream.depth) if not _is_complete(directory, layer)), stream.depth)
@@ -126,7 +126,8 @@ def _sweep_block(stream: BlockStream, found: Statistics, layer: int) -> None:
         outputs = [block(part, *stream.state(layer, *part.shape[:2]))[0] for part in hidden[:known].split(_BATCH)]
     outputs += [block(part, *stream.state(layer, *part.shape[:2]))[0] for part in hidden[known:].split(_BATCH)]
     _keep(found.directory, layer + 1, {"hidden": torch.cat(outputs)})
-    _keep(found.directory, layer, {"hidden": hidden[:SAMPLE], **sums.statistics()})
+    # A layer of which nothing is left has no statistics; `swept` says that they are not missing.
+    _keep(found.directory, layer, {"hidden": hidden[:SAMPLE], "swept": torch.ones(1), **sums.statistics()})
 
 
 def _sweep_head(stream: BlockStream, found: Statistics) -> None:

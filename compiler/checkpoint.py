@@ -72,7 +72,7 @@ class Checkpoint:
     """`config` and the names of `tensors` are Hugging Face's; `files` always has tokenizer.json.
 
     `lm_head.weight` may be absent when the embeddings are tied. `files` may also have tokenizer_config.json,
-    chat_template.jinja and generation_config.json.
+    chat_template.jinja and generation_config.json. `changes` is a digest of what was taken from it since it was read.
     """
 
     source: Source
@@ -80,6 +80,14 @@ class Checkpoint:
     tensors: Mapping[str, Tensor]
     files: Mapping[str, bytes]
     left_out: tuple[str, ...] = ()  # tensors of the file that belong to parts other than the text decoder
+    changes: str = ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of weights and tokens as they are: what is learnt about them is kept under it."""
+        if not self.changes:
+            return self.source.sha256
+        return hashlib.sha256(f"{self.source.sha256} {self.changes}".encode()).hexdigest()
 
 
 def open_checkpoint(model: str, progress: Progress | None = None) -> Checkpoint:

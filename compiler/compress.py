@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from dsopt.compiler.calibrate import Statistics, calibrate
 from dsopt.compiler.chains import Body
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.corpus import HELD
+from dsopt.compiler.judge import Judge
 from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.models import kinds_of
 from dsopt.compiler.passes.quantize_linears import is_exact
 from dsopt.compiler.profile import measure
+from dsopt.compiler.pruning.options import NOTHING
+from dsopt.compiler.pruning.pruned import Pruned
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.search import (
     Assignment,
@@ -39,12 +42,15 @@ from dsopt.compiler.sites import Pricer, Site, price_head
 from dsopt.compiler.stream import BlockStream
 from dsopt.runtime.artifact import Manifest, open_artifact
 from dsopt.runtime.errors import DsoptError
-from dsopt.runtime.quality import Comparison, session_scorer
+from dsopt.runtime.quality import session_scorer
 from dsopt.runtime.session import Session
 
 Progress = Callable[[int, int], None]
 Stage = Callable[[str], AbstractContextManager[Progress]]
 """Opens a progress bar with a label."""
+
+_LEAST = 0.1  # of the budget, for quantization, where pruning alone took more than there is
+_SHAPES = 10  # of linear layers that are timed, at most
 
 
 @dataclass(frozen=True)
@@ -54,11 +60,21 @@ class Study:
     statistics: Statistics
     sites: list[Site]
     table: KernelTable
-    head: torch.nn.Module
+    judge: Judge
     setting: Setting
+    pruned: Pruned | None = None
+    lost: Mapping[str, float] = field(default_factory=dict)  # by pruning alone, as `judge` finds
 
     def options(self, goal: Goal) -> list[list[Option]]:
         return options(self.sites, self.table, goal.workload)
+
+    def taken(self, goal: Goal) -> float:
+        """What pruning took of the budget."""
+        return max(0.0, self.lost.get(goal.quantity, 0.0))
+
+    def left(self, goal: Goal) -> Goal:
+        """For quantization. Where pruning alone loses more than allowed, and may: a little."""
+        return replace(goal, loss=max(goal.loss - self.taken(goal), _LEAST * goal.loss))
 
 
 def no_stage(_label: str) -> AbstractContextManager[Progress]:
@@ -71,17 +87,31 @@ def study(
     goal: Goal,
     stage: Stage = no_stage,
     setting: Setting = HERE,
+    pruned: Pruned | None = None,
+    *,
+    allow_miss: bool = False,
 ) -> Study:
-    """Statistics, prices and times. `windows` int64 [windows, tokens]; the last HELD are kept for judging."""
+    """Statistics, prices and times. `windows` int64 [windows, tokens]; the last HELD are kept for judging.
+
+    What is `pruned` is studied as it is left, and judged against what it was. Raises DsoptError where that alone loses
+    more than the goal allows, unless `allow_miss`.
+    """
+    judge, lost = None, dict[str, float]()
+    if pruned:
+        with stage("running the whole model") as progress:
+            judge = Judge.of(BlockStream(pruned.whole), windows[-HELD:], pruned.spelling, progress)
+        checkpoint, windows = pruned.cut, pruned.spelling.windows(windows) if pruned.spelling else windows
     stream = BlockStream(checkpoint)
     config = stream.config
     with stage("calibrating") as progress:
         statistics = calibrate(stream, windows, HELD, progress)
-    heads = None if config.norms_values else (config.num_attention_heads, config.num_key_value_heads)
-    pricer = Pricer(checkpoint, statistics, heads, setting.arithmetic)
+    head = stream.head()
+    if judge:
+        lost = _judge_pruning(judge, statistics, head, goal, allow_miss=allow_miss)
+    judge = judge or Judge(*statistics.held_out(), head)
+    pricer = Pricer(checkpoint, statistics, None if config.norms_values else config.head_dim, setting.arithmetic)
     with stage("pricing errors") as progress:
         gradient = sweep_back(stream, statistics.hidden, pricer, progress=progress)
-    head = stream.head()
     with torch.no_grad():
         sites = [
             *pricer.sites,
@@ -89,11 +119,24 @@ def study(
         ]
     with stage("timing kernels") as progress:
         table = setting.table or _table(sites, config, goal, setting, progress)
-    return Study(statistics, sites, table, head, setting)
+    return Study(statistics, sites, table, judge, setting, pruned, lost)
+
+
+def _judge_pruning(
+    judge: Judge, statistics: Statistics, head: torch.nn.Module, goal: Goal, *, allow_miss: bool
+) -> dict[str, float]:
+    with torch.inference_mode():
+        lost = judge.compare(head(states).numpy() for states in statistics.held_out()[1])
+    if lost[goal.quantity] >= goal.loss and not allow_miss:
+        raise DsoptError(
+            f"--prune alone loses {lost[goal.quantity]:.4f} nats, --max-quality-loss allows {goal.loss:.4g}; prune "
+            "less, allow more, or keep it with --allow-miss"
+        )
+    return lost
 
 
 def _table(sites: list[Site], config: Any, goal: Goal, setting: Setting, progress: Progress) -> KernelTable:
-    shapes = list(dict.fromkeys((site.n, site.k) for site in sites))
+    shapes = _some(sorted({(site.n, site.k) for site in sites}, key=lambda shape: shape[0] * shape[1]))
     # Kernels that take four rows at a time read their weights twice for five: no line from four to eight shows it.
     rows = sorted({1, 5, 8, 128, *rows_of(goal.workload, setting.target)})
     first = config.layer(0)  # where layers differ, most are like it
@@ -101,6 +144,12 @@ def _table(sites: list[Site], config: Any, goal: Goal, setting: Setting, progres
     body = Body(config.hidden_size, config.intermediate_size, heads, kv_heads, first.head_dim)
     forms = list(dict.fromkeys(choice.format for site in sites for choice in site.prices))
     return measure(shapes, rows, forms, target=setting.target, dtype=setting.dtype, body=body, progress=progress)
+
+
+def _some(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Of very many, as pruned layers may have, enough to tell the times of the others by."""
+    places = np.linspace(0, len(shapes) - 1, min(len(shapes), _SHAPES)).round().astype(int)
+    return [shapes[place] for place in places]
 
 
 def compress(
@@ -128,37 +177,42 @@ def compress(
                 quality = judge(found, place, progress)
             builds[id(made)] = place, quality
             loss = quality[goal.quantity]
-            report(_said(made, loss, place))
-            return loss
+            report(_said(made, loss, taken, place))
+            return loss - taken
 
+        taken, left = found.taken(goal), found.left(goal)
         size = goal.size and goal.size - _fixed_bytes(checkpoint, found)
-        best, rounds = search(found.sites, found.options(goal), dataclasses.replace(goal, size=size), try_out)
+        if found.pruned:
+            report(f"pruning took {taken:.4f} of {goal.loss:.4g} nats")
+        best, rounds = search(found.sites, found.options(goal), replace(left, size=size), try_out)
         if best is None and not allow_miss:
             nearest = min(rounds, key=lambda r: r.measured)
             raise DsoptError(
-                f"the loss of the best of {len(rounds)} builds is {nearest.measured:.4f} nats, more than "
+                f"the loss of the best of {len(rounds)} builds is {nearest.measured + taken:.4f} nats, more than "
                 f"{goal.loss:g}; raise --max-quality-loss, or keep it with --allow-miss"
             )
         best = best or min(rounds, key=lambda r: r.measured)
-        rotated = rotated_sites(checkpoint, found.sites, best.assignment)
-        return _take(*builds[id(best.assignment)], out, found, goal, best, rounds, rotated)
+        rotated = rotated_sites(found.pruned.cut if found.pruned else checkpoint, found.sites, best.assignment)
+        return _take(*builds[id(best.assignment)], out, found, goal, best, rounds, text, rotated)
 
 
 def preview(found: Study, goal: Goal) -> dict[str, Any]:
     """What a search would build first, by its estimates, choice by choice; and the other points of the curve."""
-    offered = found.options(goal)
-    made = solve(found.sites, offered, goal.loss, goal.size)
+    offered, taken = found.options(goal), found.taken(goal)
+    made = solve(found.sites, offered, found.left(goal).loss, goal.size)
+    first = made and _point(made, taken) | {"choices": {name: str(choice) for name, choice in made.choices.items()}}
     return {
         "goal": dataclasses.asdict(goal),
-        "first": made and _point(made) | {"choices": {name: str(choice) for name, choice in made.choices.items()}},
-        "pareto": [_point(point) for point in pareto(found.sites, offered)],
+        **({"pruning": {**found.pruned.facts(), "loss": taken}} if found.pruned else {}),
+        "first": first,
+        "pareto": [_point(point, taken) for point in pareto(found.sites, offered)],
     }
 
 
-def _said(made: Assignment, loss: float, place: Path) -> str:
+def _said(made: Assignment, loss: float, taken: float, place: Path) -> str:
     size = open_artifact(place).size / 1e6
     counts = ", ".join(f"{count} {form}" for form, count in _counted(made).items())
-    return f"{size:.1f} MB, loss {loss:.4f} nats (expected {made.loss:.4f}): {counts}"
+    return f"{size:.1f} MB, loss {loss:.4f} nats (expected {made.loss + taken:.4f}): {counts}"
 
 
 def _counted(made: Assignment) -> dict[str, int]:
@@ -172,9 +226,15 @@ def _build(checkpoint: Checkpoint, found: Study, made: Assignment, out: Path, te
         site.name: site.scales[alpha] for site in found.sites if (alpha := made.choices[site.name].alpha) is not None
     }
     evidence = found.statistics.input
-    rotated = rotated_sites(checkpoint, found.sites, made)
+    rotated = rotated_sites(found.pruned.cut if found.pruned else checkpoint, found.sites, made)
     plan = build.plan(
-        checkpoint, recipe, target=found.setting.target, evidence=evidence, smoothing=scales, rotated=rotated
+        checkpoint,
+        recipe,
+        found.pruned or NOTHING,
+        target=found.setting.target,
+        evidence=evidence,
+        smoothing=scales,
+        rotated=rotated,
     )
     with stage("writing weights") as progress:
         build.write(plan, out, progress=progress)
@@ -190,16 +250,9 @@ def rotated_sites(checkpoint: Checkpoint, sites: list[Site], made: Assignment) -
 
 
 def judge(found: Study, directory: Path, progress: Progress = lambda done, total: None) -> dict[str, float]:
-    """The quantities of `dsopt compare` on the windows held out, against the float32 model."""
-    windows, hidden = found.statistics.held_out()
-    score, comparison = session_scorer(Session(open_artifact(directory), device=found.setting.device)), Comparison()
-    for number, (ids, states) in enumerate(zip(windows, hidden, strict=True), 1):
-        first = len(ids) // 4  # with some context before them
-        with torch.inference_mode():
-            base = found.head(states).numpy()
-        comparison.add(base[first:-1], score(ids, len(ids))[first:-1], ids[first + 1 :])
-        progress(number, len(windows))
-    return comparison.summary()
+    """The quantities of `dsopt compare` on the windows held out, against the whole model in float32."""
+    score = session_scorer(Session(open_artifact(directory), device=found.setting.device))
+    return found.judge.compare((score(ids, len(ids)) for ids in found.judge.texts()), progress)
 
 
 def _take(
@@ -210,13 +263,15 @@ def _take(
     goal: Goal,
     best: Round,
     rounds: list[Round],
+    text: str,
     rotated: Set[str],
 ) -> Manifest:
     """Complete the manifest, and let the build take its place."""
     made = open_artifact(place).manifest
     kept = ("tokens", "kld_mean", "kld_mean_err", "kld_p99", "ppl_ratio", "ppl_ratio_err", "same_top_p")
-    manifest = dataclasses.replace(
+    manifest = replace(
         made,
+        recipe=text,
         nodes=tuple(_described(made.nodes, found.sites, best.assignment, rotated)),
         quality={name: quality[name] for name in kept},
         profile=found.table.to_json(),
@@ -251,21 +306,23 @@ def _described(
 
 
 def _record(found: Study, goal: Goal, best: Round, rounds: list[Round]) -> dict[str, Any]:
-    curve = pareto(found.sites, found.options(goal))
+    curve, taken = pareto(found.sites, found.options(goal)), found.taken(goal)
     return {
         "goal": dataclasses.asdict(goal),
-        "rounds": [_point(r.assignment) | {"measured": r.measured, "chosen": r is best} for r in rounds],
-        "pareto": [_point(made) for made in curve],
+        "pruned": taken,
+        "rounds": [_point(r.assignment, taken) | {"measured": r.measured + taken, "chosen": r is best} for r in rounds],
+        "pareto": [_point(made, taken) for made in curve],
         "uniform": {
-            str(dataclasses.replace(kind, block=32)): _point(made)
+            str(replace(kind, block=32)): _point(made, taken)
             for kind in dict.fromkeys(_kind(choice.format) for site in found.sites for choice in site.prices)
             if (made := _uniform(found, goal, kind)) is not None
         },
     }
 
 
-def _point(made: Assignment) -> dict[str, Any]:
-    return {"loss": made.loss, "seconds": made.seconds, "bytes": made.nbytes, "formats": _counted(made)}
+def _point(made: Assignment, taken: float) -> dict[str, Any]:
+    """`taken` by pruning, before any format was chosen."""
+    return {"loss": made.loss + taken, "seconds": made.seconds, "bytes": made.nbytes, "formats": _counted(made)}
 
 
 def _uniform(found: Study, goal: Goal, form: Format) -> Assignment | None:
@@ -290,7 +347,7 @@ def _uniform(found: Study, goal: Goal, form: Format) -> Assignment | None:
 
 def _kind(form: Format) -> Format:
     """The format but for the size of its blocks."""
-    return dataclasses.replace(form, block=0)
+    return replace(form, block=0)
 
 
 def _fixed_bytes(checkpoint: Checkpoint, found: Study) -> int:

@@ -27,6 +27,7 @@ def render(manifest: Manifest) -> str:
         f"{quality['kld_mean_err']:.4f} nats, "
         f"perplexity × {quality['ppl_ratio']:.4f}, same top token {quality['same_top_p']:.1f} %, "
         f"on {quality['tokens']} tokens that were not calibrated on.</p>",
+        *_pruning(manifest, search),
         _plot(search),
         "<h2>Rounds</h2>",
         _table(("loss, nats", "expected", "ms", "MB", "formats"), map(_round, search["rounds"])),
@@ -45,6 +46,14 @@ def render(manifest: Manifest) -> str:
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
         f"{''.join(parts)}</html>\n"
     )
+
+
+def _pruning(manifest: Manifest, search: Mapping[str, Any]) -> Iterable[str]:
+    if manifest.pruning:
+        yield (
+            f"<p>Pruned first ({_text(manifest.pruning['text'])}), which took {search['pruned']:.4f} of the "
+            f"{search['goal']['loss']:.4f} nats allowed and is part of every loss below.</p>"
+        )
 
 
 def _text(value: object) -> str:

@@ -115,18 +115,19 @@ class Pricer:
         self,
         checkpoint: Checkpoint,
         statistics: Statistics,
-        heads: tuple[int, int] | None,
+        head_dim: int | None,
         arithmetic: Arithmetic = CPU,
     ) -> None:
-        """`heads`: of queries, of keys and values; None where values are normed, so that o_proj's inputs cannot be
-        smoothed by the rows of v_proj."""
-        self.checkpoint, self.statistics, self.heads = checkpoint, statistics, heads
+        """`head_dim` is None where values are normed, so that o_proj's inputs cannot be smoothed by v_proj's rows."""
+        self.checkpoint, self.statistics, self.head_dim = checkpoint, statistics, head_dim
         self.arithmetic = arithmetic
         self.sites: list[Site] = []
 
     def __call__(self, layer: int, seen: dict[str, Observed]) -> None:
         with torch.no_grad():
-            made = [self._site(layer, first, seen) for first in _GROUPS]
+            # A layer that was pruned may lack its attention or its feed-forward.
+            leaves = {module.rpartition(".")[2] for module in seen}
+            made = [self._site(layer, first, seen) for first in _GROUPS if first in leaves]
         self.sites[:0] = made  # the sweep goes back, the list goes forth
 
     def _site(self, layer: int, first: str, seen: dict[str, Observed]) -> Site:
@@ -139,7 +140,7 @@ class Pricer:
         for form in offered_formats(k, self.arithmetic):
             if form.kernel == "w8a8":
                 if first in _UNLIKE or not form.per_token:
-                    self._price_smoothed(site, linears, inputs, form)
+                    self._price_smoothed(site, linears, inputs, form, self._heads(layer, seen))
             else:
                 exact = [self._is_exact(module, form) for module in modules]
                 weights = _rounded(linears, exact, form, feedback, self.arithmetic.floats)
@@ -151,13 +152,28 @@ class Pricer:
     def _is_exact(self, module: str, form: Format) -> bool:
         return is_exact(self.checkpoint.tensors[f"{module}.weight"], form)
 
-    def _price_smoothed(self, site: Site, linears: list[Observed], inputs: InputStatistics, form: Format) -> None:
+    def _heads(self, layer: int, seen: dict[str, Observed]) -> tuple[int, int] | None:
+        """Query heads and key-value heads of a layer; None without attention or where its values are normed."""
+        leaves = [seen.get(f"model.layers.{layer}.self_attn.{leaf}") for leaf in ("q_proj", "k_proj")]
+        if self.head_dim is None or None in leaves:
+            return None
+        heads, kv_heads = (leaf.w.shape[0] // self.head_dim for leaf in leaves if leaf)
+        return heads, kv_heads
+
+    def _price_smoothed(
+        self,
+        site: Site,
+        linears: list[Observed],
+        inputs: InputStatistics,
+        form: Format,
+        heads: tuple[int, int] | None,
+    ) -> None:
         maxima, absmax = column_maxima([linear.w for linear in linears]), inputs.absmax
         is_context = site.name.endswith("o_proj")
-        if is_context and self.heads is None:
+        if is_context and heads is None:
             site.prices[Choice(form)] = _dynamic(linears, torch.ones_like(maxima), per_token=form.per_token)
             return
-        heads = self.heads if is_context else None
+        heads = heads if is_context else None
         head = site.k // heads[0] if heads else None
         if heads:
             absmax, maxima = shared_channels(absmax, *heads), shared_channels(maxima, *heads)

@@ -41,7 +41,10 @@ class BlockStream:
 
     def block(self, layer: int) -> nn.Module:
         """The block of one layer, `forward(x, *state(...))`; its parameters take no gradient."""
-        return self._filled(self.blank(layer=layer), f"model.layers.{layer}.")
+        prefix, block = f"model.layers.{layer}.", self.blank(layer=layer)
+        if self.checkpoint.changes:
+            shrink(block, self.config.layer(layer).head_dim, lambda name: self.checkpoint.tensors.get(prefix + name))
+        return self._filled(block, prefix)
 
     def state(self, layer: int, windows: int, tokens: int) -> list[Tensor]:
         """What a layer's block wants beside its input, for sequences that start at position 0."""
@@ -82,6 +85,36 @@ class BlockStream:
         if tensor is None:
             raise DsoptError(f"{self.checkpoint.source.path}: tensor {name} is missing")
         return tensor
+
+
+class _NoAttention(nn.Module):
+    """In place of one that was pruned: adds nothing to the hidden states [b, s, width], and has no cache."""
+
+    def forward(self, x: Tensor, past_key: Tensor, past_value: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.zeros_like(x), past_key, past_value
+
+
+class _NoMlp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def shrink(block: Any, head_dim: int, find: Callable[[str], Any]) -> None:
+    """Make a blank block as wide as the tensors that `find` gives by their names in it, where it was pruned."""
+    if find("self_attn.o_proj.weight") is None:
+        block.self_attn = _NoAttention()
+    if find("mlp.down_proj.weight") is None:
+        block.mlp = _NoMlp()
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) and (tensor := find(f"{name}.weight")) is not None:
+            module.out_features, module.in_features = tensor.shape
+            module.weight = nn.Parameter(torch.empty(tensor.shape, device="meta"))
+    if (query := find("self_attn.q_proj.weight")) is not None:
+        block.self_attn.heads = query.shape[0] // head_dim
+        block.self_attn.kv_heads = groups = find("self_attn.k_proj.weight").shape[0] // head_dim
+        block.self_attn.register_forward_pre_hook(
+            lambda _module, inputs: (inputs[0], *(cache[:, :groups] for cache in inputs[1:3]), *inputs[3:])
+        )
 
 
 @contextmanager

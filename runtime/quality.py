@@ -117,7 +117,7 @@ def _text_loss(model: TextModel, context: str, scored: str) -> tuple[float, int]
     step = max(1, _BLOCK // logits.shape[-1])
     loss = 0.0
     for start in range(0, len(ids), step):
-        logs = _log_softmax(logits[start : start + step], "one")
+        logs = log_softmax(logits[start : start + step], "one")
         loss -= float(logs[np.arange(len(logs)), ids[start : start + step]].sum())
     return loss, len(ids)
 
@@ -128,8 +128,17 @@ class Comparison:
 
     _parts: dict[str, list[NDArray[Any]]] = field(default_factory=dict)
 
-    def add(self, base: NDArray[np.float32], new: NDArray[np.float32], targets: NDArray[np.int64]) -> None:
-        """Score rows of logits [n, vocab] of both models, each predicting its entry of `targets` [n]."""
+    def add(
+        self,
+        base: NDArray[np.floating[Any]],
+        new: NDArray[np.floating[Any]],
+        targets: NDArray[np.int64],
+        rest: tuple[Floats, Floats] | None = None,
+    ) -> None:
+        """Score rows of logits [n, vocab] of both models, each predicting its entry of `targets` [n].
+
+        `rest`: where targets are but the beginnings of what is predicted, -ln p [n] of all that follows, in both.
+        """
         if base.shape != new.shape:
             raise DsoptError(
                 f"the vocabularies differ: {base.shape[-1]} tokens against {new.shape[-1]}; "
@@ -138,7 +147,12 @@ class Comparison:
         step = max(1, _BLOCK // base.shape[-1])
         for start in range(0, len(targets), step):
             rows = slice(start, start + step)
-            for name, values in _score(base[rows], new[rows], targets[rows]).items():
+            scores = _score(base[rows], new[rows], targets[rows])
+            if rest is not None:
+                one, other = rest[0][rows], rest[1][rows]
+                for name, more in (("nll_base", one), ("nll_new", other), ("kld", other - one)):
+                    scores[name] = scores[name] + more
+            for name, values in scores.items():
                 self._parts.setdefault(name, []).append(values)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
@@ -174,7 +188,7 @@ class Comparison:
 
 
 def _score(base: NDArray[np.float32], new: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-    log_base, log_new = _log_softmax(base, "base"), _log_softmax(new, "new")
+    log_base, log_new = log_softmax(base, "base"), log_softmax(new, "new")
     p = np.exp(log_base)
     with np.errstate(invalid="ignore"):  # -inf - -inf where neither gives the token a chance
         kld = np.multiply(p, log_base - log_new, where=p > 0, out=np.zeros_like(p)).sum(-1)
@@ -188,7 +202,8 @@ def _score(base: NDArray[np.float32], new: NDArray[np.float32], targets: NDArray
     }
 
 
-def _log_softmax(logits: NDArray[np.float32], which: str) -> Floats:
+def log_softmax(logits: NDArray[np.floating[Any]], which: str) -> Floats:
+    """Of rows [n, vocab]. Raises DsoptError, naming the model by `which`, where logits are not finite."""
     shifted = logits.astype(np.float64)
     with np.errstate(invalid="ignore"):  # inf - inf, reported below
         shifted -= shifted.max(-1, keepdims=True)

@@ -64,6 +64,7 @@ def exchange_lines(pruning: Node) -> Iterator[str]:
         if step["kind"] == "vocab":
             cost = (
                 f", {step['tokens']} of {step['of']} tokens kept, {100 * step['dropped_share']:.2g} % of text affected"
+                + (f"; {step['alike']} would do for text just like it" if "alike" in step else "")
             )
         if step["kind"] == "head":
             cost = f", which says {step['tokens']} of {step['of']} tokens"

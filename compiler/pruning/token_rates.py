@@ -6,6 +6,7 @@ than Good-Turing's counts of one, since texts are bursty: what was met once is s
 """
 
 import math
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -50,3 +51,32 @@ def _shape(text: str) -> str:
     if text.isdigit() or text.isspace():
         return "digits" if text.isdigit() else "space"
     return "code" if any(character.isalpha() for character in text) else "marks"
+
+
+def general_rates(tokenizer: Tokenizer, ids: Sequence[int], candidates: Iterable[int]) -> dict[int, float]:
+    """For each of `candidates` that is a word or a part of one, the occurrences to expect, a token of any text in the
+    scripts of `ids`: a script's share there, by Zipf's law over the ranks of its tokens, those learnt first before all.
+    """
+    scripts = {id: script for id in candidates if (script := _script(tokenizer, id))}
+    shares, weights = defaultdict[str, float](float), defaultdict[str, float](float)
+    for id, count in Counter(ids).items():
+        shares[scripts.get(id, "")] += count
+    for id, script in scripts.items():
+        weights[script] += _zipf(id)
+    return {id: shares[s] / max(1, len(ids)) * _zipf(id) / weights[s] for id, s in scripts.items()}
+
+
+def _zipf(id: int) -> float:
+    return 1 / (id + _FIRST // 2)
+
+
+def is_word(tokenizer: Tokenizer, id: int) -> bool:
+    """Whether a token is letters alone, but for a space before them."""
+    return bool(_script(tokenizer, id))
+
+
+def _script(tokenizer: Tokenizer, id: int) -> str:
+    text = tokenizer.token_bytes(id).decode("utf-8", "replace").removeprefix(" ")
+    if not text.isalpha():
+        return ""
+    return "ASCII" if text.isascii() else unicodedata.name(text[0], "").split(" ")[0] or "other"

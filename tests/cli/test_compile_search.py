@@ -152,13 +152,38 @@ def test_the_plan_of_a_search(
     assert len(plan["pareto"]) > 1
 
 
+def test_a_search_over_a_pruned_model(
+    source: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "out"
+    words = [source, "--target", "cpu", "--calib", str(text), "--prune", "blocks=1", "-o", str(out)]
+    code, stdout, stderr = call(monkeypatch, capsys, *words, "--max-quality-loss", "0.01")  # the default, but said
+    assert (code, stdout, stderr.count("\n")) == (1, "", 1)
+    assert "--prune alone loses" in stderr
+    assert list(tmp_path.glob("new/*")) == []
+    page = tmp_path / "page.html"
+    code, stdout, stderr = call(monkeypatch, capsys, *words, "--max-quality-loss", "9", "--report", str(page))
+    assert (code, stdout, stderr) == (0, f"{out}\n", "")
+    assert "Pruned first (blocks=1), which took" in "".join(Page(page.read_text()).words)
+    manifest = open_artifact(out).manifest
+    assert manifest.recipe.startswith("auto,loss=9,for=chat,calib=")
+    assert manifest.recipe.endswith(" prune blocks=1")
+    assert manifest.pruning is not None
+    assert manifest.search is not None
+    assert 0 < manifest.search["pruned"] < 9
+    monkeypatch.setattr(compress, "study", None)  # the same again does nothing
+    assert call(monkeypatch, capsys, *words, "--max-quality-loss", "9")[0] == 0
+    plain = compile_model(source, order=Order(prune="blocks=1", calib=text, target="cpu"))
+    assert open_artifact(plain).manifest.search is None
+
+
 WRONG = {
     "--max-quality-loss much": "--max-quality-loss",
     "--max-quality-loss 0": "--max-quality-loss",
     "--max-size 5": "--max-size",
     "--for games": "--for",
     "--quant int4 --max-quality-loss 0.1": "nothing to search",
-    "--prune layers=1 --allow-miss": "nothing to search",
+    "--quant int8 --prune layers=1 --allow-miss": "nothing to search",
     "--draft self --report page.html": "nothing to search",
     "--quant int8 --for batch": "nothing to search",
     "--quant int8 --profile dsopt.json": "nothing to search",

@@ -13,8 +13,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors,
 from dsopt.compiler import build
 from dsopt.compiler.checkpoint import Checkpoint, open_checkpoint
 from dsopt.compiler.pruning.options import Pruning
+from dsopt.compiler.pruning.renumber import prune_vocabulary
 from dsopt.compiler.pruning.token_rates import unseen_rates
-from dsopt.compiler.pruning.vocabulary import choose_vocabulary, prune_vocabulary, rank_tokens
+from dsopt.compiler.pruning.vocabulary import choose_vocabulary, rank_tokens
 from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.reference import Reference
 from dsopt.runtime.artifact import open_artifact
@@ -66,7 +67,7 @@ def checkpoint(tiny_llama_dir: Callable[..., Path]) -> Checkpoint:
 
 @pytest.fixture
 def pruned(checkpoint: Checkpoint) -> Checkpoint:
-    return prune_vocabulary(checkpoint, choose_vocabulary(checkpoint.files["tokenizer.json"], ENGLISH))
+    return prune_vocabulary(checkpoint, choose_vocabulary(checkpoint.files["tokenizer.json"], ENGLISH, 384))
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
@@ -112,7 +113,7 @@ def test_special_tokens_have_new_ids_wherever_they_are_named(checkpoint: Checkpo
     assert new.encode("a<|im_end|>b").ids[2] == end
     settings = {"added_tokens_decoder": {str(old.token_to_id("<|im_end|>")): {"content": "<|im_end|>"}}}
     files = {**checkpoint.files, "tokenizer_config.json": json.dumps(settings).encode()}
-    vocabulary = choose_vocabulary(checkpoint.files["tokenizer.json"], ENGLISH)
+    vocabulary = choose_vocabulary(checkpoint.files["tokenizer.json"], ENGLISH, 384)
     again = prune_vocabulary(Checkpoint(checkpoint.source, checkpoint.config, checkpoint.tensors, files), vocabulary)
     assert list(json.loads(again.files["tokenizer_config.json"])["added_tokens_decoder"]) == [str(end)]
 
@@ -135,6 +136,20 @@ def test_a_size_below_the_texts_own_keeps_its_most_frequent_tokens(checkpoint: C
     whole = choose_vocabulary(tokenizer, text)
     assert bridge[0] in whole.kept
     assert whole.record["dropped_share"] <= kept.record["dropped_share"]
+
+
+def test_other_text_of_the_language_is_thought_of(checkpoint: Checkpoint) -> None:
+    """What is no word stays though the text has none of it; of words those of its script, and those learnt first."""
+    text, tokenizer = "The river\n" * 2000, tokenizer_of(checkpoint)
+    made = rank_tokens(checkpoint.files["tokenizer.json"], text, 0.5)
+    order = [tokenizer.token_bytes(int(id)) for id in made.order]
+    stays, whole, others = order[: made.least], order[made.least : made.whole], order[made.whole :]
+    assert {b" =", b"):", b" ++", b"\n   "} <= {*stays}
+    assert {b"The", b" river"} <= {*whole}
+    assert {*others[-2:]} == {"Ελλάδα".encode(), " Ελλάδα".encode()}
+    assert others.index(b" the") < others.index(b" children")
+    alike = choose_vocabulary(checkpoint.files["tokenizer.json"], text).record["alike"]
+    assert alike == rank_tokens(checkpoint.files["tokenizer.json"], text).take().record["tokens"]
 
 
 def test_the_rate_of_what_one_half_lacks(checkpoint: Checkpoint) -> None:
