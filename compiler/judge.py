@@ -48,7 +48,7 @@ class Judge:
         x = stream.embed(windows)
         with torch.inference_mode():
             for layer in range(stream.depth):
-                x = stream.block(layer)(x, *stream.state(*x.shape[:2]))[0]
+                x = stream.block(layer)(x, *stream.state(layer, *x.shape[:2]))[0]
                 progress(layer + 1, stream.depth)
         return cls(windows, x, stream.head(), spelling)
 

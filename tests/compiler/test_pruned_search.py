@@ -83,7 +83,7 @@ def stream_logits(checkpoint: Checkpoint, ids: np.ndarray) -> np.ndarray:
     x = stream.embed(ids[None])
     with torch.inference_mode():
         for layer in range(stream.depth):
-            x = stream.block(layer)(x, *stream.state(*x.shape[:2]))[0]
+            x = stream.block(layer)(x, *stream.state(layer, *x.shape[:2]))[0]
         return np.asarray(stream.head()(x)[0])
 
 
