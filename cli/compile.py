@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     import numpy as np
 
-    from dsopt.compiler.compress import Study
     from dsopt.compiler.pruning.pruned import Pruned
     from dsopt.compiler.search import Goal
+    from dsopt.compiler.study import Study
 
 
 def compile_command(
@@ -125,9 +125,9 @@ def _search(job: Job, goal: "Goal", directory: Path) -> None:
 
 
 def _study(job: Job, goal: "Goal") -> "Study":
-    from dsopt.compiler.compress import study
     from dsopt.compiler.corpus import read_windows, self_windows
     from dsopt.compiler.setting import Setting
+    from dsopt.compiler.study import study
 
     setting = Setting.open(job.checkpoint, job.target, job.recipe.dtype, job.times())
     if job.order.calib:
@@ -196,6 +196,6 @@ def _print_choice(job: Job, goal: "Goal") -> None:
     """What a search would build first, by its estimates, and what else there is."""
     import json
 
-    from dsopt.compiler.compress import preview
+    from dsopt.compiler.outcome import preview
 
     print(json.dumps(preview(_study(job, goal), goal), indent=1))

@@ -12,7 +12,8 @@ import pytest
 from dsopt.cli import main
 from dsopt.cli.compile import compile_model
 from dsopt.cli.order import Order
-from dsopt.compiler import compress, probe, setting
+from dsopt.compiler import probe, setting
+from dsopt.compiler import study as studying
 from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.recipe import Format
 from dsopt.runtime import devices
@@ -31,7 +32,7 @@ def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Seque
 
 @pytest.fixture
 def source(tiny_llama_dir: Callable[..., Path], exported_once: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(compress, "measure", made_up)
+    monkeypatch.setattr(studying, "measure", made_up)
     return str(tiny_llama_dir(NAME, max_position_embeddings=32))
 
 
@@ -109,7 +110,7 @@ def test_a_search_from_the_shell(
     ) + 1 + len(manifest.nodes)
 
     # The same again does nothing, but the report is written.
-    monkeypatch.setattr(compress, "study", None)
+    monkeypatch.setattr(studying, "study", None)
     stamp = (out / "dsopt.json").stat().st_mtime_ns
     page.unlink()
     assert call(monkeypatch, capsys, *words, "--report", str(page))[0] == 0
@@ -171,7 +172,7 @@ def test_a_search_over_a_pruned_model(
     assert manifest.pruning is not None
     assert manifest.search is not None
     assert 0 < manifest.search["pruned"] < 9
-    monkeypatch.setattr(compress, "study", None)  # the same again does nothing
+    monkeypatch.setattr(studying, "study", None)  # the same again does nothing
     assert call(monkeypatch, capsys, *words, "--max-quality-loss", "9")[0] == 0
     plain = compile_model(source, order=Order(prune="blocks=1", calib=text, target="cpu"))
     assert open_artifact(plain).manifest.search is None
@@ -227,7 +228,7 @@ def test_a_search_for_a_card_without_one_needs_its_times(
     with pytest.raises(DsoptError, match=r"and libx.so.1 is missing; give --profile .* --quant int8"):
         compile_model(source, order=Order(loss="0.5", calib=text, target="cuda"))
     profile = profile_of_a_card(tmp_path / "dsopt.json")
-    monkeypatch.setattr(compress, "measure", None)  # nothing is timed here
+    monkeypatch.setattr(studying, "measure", None)  # nothing is timed here
     out = compile_model(source, order=Order(loss="0.02", calib=text, target="cuda", profile=tmp_path))
     manifest = open_artifact(out).manifest
     assert manifest.target == "cuda"
@@ -287,7 +288,7 @@ def test_a_card_that_is_here_is_searched(source: str, text: Path, monkeypatch: p
         asked.update(options, rows=list(rows), forms=set(map(str, forms)))
         raise InterruptedError
 
-    monkeypatch.setattr(compress, "measure", measured)
+    monkeypatch.setattr(studying, "measure", measured)
     with pytest.raises(InterruptedError):
         compile_model(source, order=Order(calib=text, dtype="bf16"))
     assert (asked["target"], asked["dtype"]) == ("cuda", "bf16")

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 
 from dsopt.compiler import compress as compressing
+from dsopt.compiler import outcome
+from dsopt.compiler import study as studying
 from dsopt.compiler.checkpoint import Checkpoint, open_checkpoint
-from dsopt.compiler.compress import Study, compress, preview, study
+from dsopt.compiler.compress import compress
 from dsopt.compiler.corpus import HELD, TOKENS, WINDOWS, read_windows
 from dsopt.compiler.kernel_table import KernelTable
+from dsopt.compiler.outcome import preview
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.reference import Reference
 from dsopt.compiler.search import Goal, solve
+from dsopt.compiler.study import Study, study
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.quality import Comparison, session_scorer
@@ -36,7 +40,7 @@ def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Seque
 def studied(
     tiny_llama_dir: Callable[..., Path], exported_once: None, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[Checkpoint, Study]]:
-    monkeypatch.setattr(compressing, "measure", made_up)
+    monkeypatch.setattr(studying, "measure", made_up)
 
     def make(goal: Goal, **options: Any) -> tuple[Checkpoint, Study]:
         options = {"max_position_embeddings": 32, "num_attention_heads": 4, "num_key_value_heads": 2} | options
@@ -111,11 +115,11 @@ def test_the_price_of_a_head_is_that_of_its_embedding_too(
 ) -> None:
     """The head in 4 bits has the table in 4 bits with it, and that costs far more than the head's own errors."""
     checkpoint, found = studied(Goal(0.05), tied=tied)
-    made = compressing._uniform(found, Goal(0.05), Format.parse("int8"))
+    made = outcome._uniform(found, Goal(0.05), Format.parse("int8"))
     assert made is not None
     four = next(choice for choice in found.sites[-1].prices if choice.format.bits == 4)
     made = dataclasses.replace(made, choices={**made.choices, "lm_head": four})
-    compressing._build(checkpoint, found, made, tmp_path / "out", "auto", compressing.no_stage)
+    compressing._build(checkpoint, found, made, tmp_path / "out", "auto", studying.no_stage)
     assert 0.4 < found.sites[-1].prices[four] / divergence(checkpoint, tmp_path / "out") < 2.5
 
 

@@ -12,12 +12,13 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsopt.compiler import build
-from dsopt.compiler import compress as compressing
+from dsopt.compiler import study as studying
 from dsopt.compiler.checkpoint import Checkpoint, open_checkpoint
-from dsopt.compiler.compress import Study, compress, preview, study
+from dsopt.compiler.compress import compress
 from dsopt.compiler.corpus import HELD
 from dsopt.compiler.judge import Judge
 from dsopt.compiler.kernel_table import KernelTable
+from dsopt.compiler.outcome import preview
 from dsopt.compiler.pruning.options import Pruning
 from dsopt.compiler.pruning.pruned import Pruned, prune
 from dsopt.compiler.pruning.spelling import joined
@@ -25,6 +26,7 @@ from dsopt.compiler.recipe import Format, Recipe
 from dsopt.compiler.reference import Reference
 from dsopt.compiler.search import Goal
 from dsopt.compiler.stream import BlockStream
+from dsopt.compiler.study import Study, study
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.quality import Comparison, session_scorer
@@ -164,7 +166,7 @@ def test_the_divergence_of_two_vocabularies(pruned: Callable[..., Pruned]) -> No
 
 @pytest.fixture
 def studied(pruned: Callable[..., Pruned], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Pruned, Study]]:
-    monkeypatch.setattr(compressing, "measure", made_up)
+    monkeypatch.setattr(studying, "measure", made_up)
 
     def make(text: str, goal: Goal, *, allow_miss: bool = False) -> tuple[Pruned, Study]:
         made = pruned(text)
@@ -214,7 +216,7 @@ def test_a_search_over_fewer_tokens(studied: Callable[..., tuple[Pruned, Study]]
 def test_pruning_that_takes_it_all(
     pruned: Callable[..., Pruned], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(compressing, "measure", made_up)
+    monkeypatch.setattr(studying, "measure", made_up)
     goal, made = Goal(0.001), pruned("layers=1")
     with pytest.raises(DsoptError, match=r"--prune alone loses .* --max-quality-loss allows 0.001") as caught:
         study(made.whole, TEXT, goal, pruned=made)

@@ -1,0 +1,135 @@
+"""What is known of a model on this machine before formats are chosen: statistics, prices, times."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsopt.compiler.calibrate import Statistics, calibrate
+from dsopt.compiler.chains import Body
+from dsopt.compiler.checkpoint import Checkpoint
+from dsopt.compiler.corpus import HELD
+from dsopt.compiler.judge import Judge
+from dsopt.compiler.kernel_table import KernelTable
+from dsopt.compiler.profile import measure
+from dsopt.compiler.pruning.pruned import Pruned
+from dsopt.compiler.search import (
+    Goal,
+    Option,
+    options,
+    rows_of,
+)
+from dsopt.compiler.sensitivity import sweep_back
+from dsopt.compiler.setting import HERE, Setting
+from dsopt.compiler.sites import Pricer, Site, price_head
+from dsopt.compiler.stream import BlockStream
+from dsopt.runtime.errors import DsoptError
+
+Progress = Callable[[int, int], None]
+Stage = Callable[[str], AbstractContextManager[Progress]]
+"""Opens a progress bar with a label."""
+
+_LEAST = 0.1  # of the budget, for quantization, where pruning alone took more than there is
+_SHAPES = 10  # of linear layers that are timed, at most
+
+
+@dataclass(frozen=True)
+class Study:
+    """All that is known of a model on this machine before anything is chosen."""
+
+    statistics: Statistics
+    sites: list[Site]
+    table: KernelTable
+    judge: Judge
+    setting: Setting
+    pruned: Pruned | None = None
+    lost: Mapping[str, float] = field(default_factory=dict)  # by pruning alone, as `judge` finds
+
+    def options(self, goal: Goal) -> list[list[Option]]:
+        return options(self.sites, self.table, goal.workload)
+
+    def taken(self, goal: Goal) -> float:
+        """What pruning took of the budget."""
+        return max(0.0, self.lost.get(goal.quantity, 0.0))
+
+    def left(self, goal: Goal) -> Goal:
+        """For quantization. Where pruning alone loses more than allowed, and may: a little."""
+        return replace(goal, loss=max(goal.loss - self.taken(goal), _LEAST * goal.loss))
+
+
+def no_stage(_label: str) -> AbstractContextManager[Progress]:
+    return nullcontext(lambda done, total: None)
+
+
+def study(
+    checkpoint: Checkpoint,
+    windows: np.ndarray,
+    goal: Goal,
+    stage: Stage = no_stage,
+    setting: Setting = HERE,
+    pruned: Pruned | None = None,
+    *,
+    allow_miss: bool = False,
+) -> Study:
+    """Statistics, prices and times. `windows` int64 [windows, tokens]; the last HELD are kept for judging.
+
+    What is `pruned` is studied as it is left, and judged against what it was. Raises DsoptError where that alone loses
+    more than the goal allows, unless `allow_miss`.
+    """
+    judge, lost = None, dict[str, float]()
+    if pruned:
+        with stage("running the whole model") as progress:
+            judge = Judge.of(BlockStream(pruned.whole), windows[-HELD:], pruned.spelling, progress)
+        checkpoint, windows = pruned.cut, pruned.spelling.windows(windows) if pruned.spelling else windows
+    stream = BlockStream(checkpoint)
+    config = stream.config
+    with stage("calibrating") as progress:
+        statistics = calibrate(stream, windows, HELD, progress)
+    head = stream.head()
+    if judge:
+        lost = _judge_pruning(judge, statistics, head, goal, allow_miss=allow_miss)
+    judge = judge or Judge(*statistics.held_out(), head)
+    pricer = Pricer(checkpoint, statistics, None if config.norms_values else config.head_dim, setting.arithmetic)
+    with stage("pricing errors") as progress:
+        gradient = sweep_back(stream, statistics.hidden, pricer, progress=progress)
+    with torch.no_grad():
+        sites = [
+            *pricer.sites,
+            price_head(checkpoint, head, statistics, setting.arithmetic, gradient, stream.head_weight),
+        ]
+    with stage("timing kernels") as progress:
+        table = setting.table or _table(sites, config, goal, setting, progress)
+    return Study(statistics, sites, table, judge, setting, pruned, lost)
+
+
+def _judge_pruning(
+    judge: Judge, statistics: Statistics, head: torch.nn.Module, goal: Goal, *, allow_miss: bool
+) -> dict[str, float]:
+    with torch.inference_mode():
+        lost = judge.compare(head(states).numpy() for states in statistics.held_out()[1])
+    if lost[goal.quantity] >= goal.loss and not allow_miss:
+        raise DsoptError(
+            f"--prune alone loses {lost[goal.quantity]:.4f} nats, --max-quality-loss allows {goal.loss:.4g}; prune "
+            "less, allow more, or keep it with --allow-miss"
+        )
+    return lost
+
+
+def _table(sites: list[Site], config: Any, goal: Goal, setting: Setting, progress: Progress) -> KernelTable:
+    shapes = _some(sorted({(site.n, site.k) for site in sites}, key=lambda shape: shape[0] * shape[1]))
+    # Kernels that take four rows at a time read their weights twice for five: no line from four to eight shows it.
+    rows = sorted({1, 5, 8, 128, *rows_of(goal.workload, setting.target)})
+    first = config.layer(0)  # where layers differ, most are like it
+    heads, kv_heads = first.num_attention_heads, first.num_key_value_heads
+    body = Body(config.hidden_size, config.intermediate_size, heads, kv_heads, first.head_dim)
+    forms = list(dict.fromkeys(choice.format for site in sites for choice in site.prices))
+    return measure(shapes, rows, forms, target=setting.target, dtype=setting.dtype, body=body, progress=progress)
+
+
+def _some(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Of very many, as pruned layers may have, enough to tell the times of the others by."""
+    places = np.linspace(0, len(shapes) - 1, min(len(shapes), _SHAPES)).round().astype(int)
+    return [shapes[place] for place in places]
