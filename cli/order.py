@@ -61,7 +61,7 @@ class Order:
 
     @property
     def budget(self) -> str:
-        return self.loss or DEFAULT_LOSS
+        return DEFAULT_LOSS if self.loss is None else self.loss
 
     @property
     def searches(self) -> bool:

@@ -57,7 +57,8 @@ class Study:
 
     def left(self, goal: Goal) -> Goal:
         """For quantization. Where pruning alone loses more than allowed, and may: a little."""
-        return replace(goal, loss=max(goal.loss - self.taken(goal), _LEAST * goal.loss))
+        left = goal.loss - self.taken(goal)
+        return replace(goal, loss=left if left > 0 else _LEAST * goal.loss)
 
 
 def no_stage(_label: str) -> AbstractContextManager[Progress]:

@@ -12,8 +12,8 @@ import onnx_ir as ir
 
 from dsopt.compiler.checkpoint import Tensor
 from dsopt.compiler.pruning.tensors import Indices, select
-from dsopt.compiler.roles import Linear, find_linears
-from dsopt.compiler.weights import Weight
+from dsopt.compiler.roles import HEAD_NORM, Linear, find_linears
+from dsopt.compiler.weights import Weight, initializer
 
 
 class PruneFeatures(ir.passes.InPlacePass):
@@ -53,12 +53,28 @@ class PruneFeatures(ir.passes.InPlacePass):
         _slice(out.weight, queries, columns=True)
         for projection, features in zip(projections, (queries, *[_spread(kept, width)] * 2), strict=True):
             _slice(projection.weight, features, columns=False)
+            _free_heads(projection.node, width)
         for name, count in (("num_heads", heads // groups * len(kept)), ("kv_num_heads", len(kept))):
             attention.attributes[name] = ir.AttrInt64(name, count)
         for cache in (*attention.inputs[3:5], *attention.outputs[1:3]):
             assert cache is not None
             assert cache.shape is not None
             cache.shape = ir.Shape([cache.shape[0], len(kept), *cache.shape[2:]])
+
+
+def _free_heads(projection: ir.Node, width: int) -> None:
+    """A norm of each head stands between two reshapes that count them: let what comes in say how many there are."""
+    for use in list(projection.outputs[0].uses()):
+        node, sizes = use.node, iter(([0, 0, -1, width], [0, 0, -1]))
+        for op in HEAD_NORM:
+            if node.op_type != op:
+                break
+            if op == "Reshape":
+                name = f"{node.name}.sizes"
+                assert node.graph is not None
+                value = initializer(node.graph, ir.tensor(np.array(next(sizes), np.int64), name=name))
+                node.replace_input_with(1, value)
+            node = node.outputs[0].consumers()[0]
 
 
 def _spread(kept: Indices, width: int) -> Indices:

@@ -99,6 +99,23 @@ def test_what_is_calibrated_is_what_the_graph_will_be(text: str, pruned: Callabl
     assert np.abs(stream_logits(made.whole, ids)[:, : expected.shape[1]] - expected).max() > 1e-2
 
 
+def test_key_value_groups_with_norms_of_heads(pruned: Callable[..., Pruned], tmp_path: Path) -> None:
+    made = pruned("kv=1", model_type="qwen3")
+    build.write(build.plan(made.whole, Recipe.parse("none"), made), tmp_path / "out")
+    ids = RNG.integers(0, 200, 20)
+    found = session_scorer(Session(open_artifact(tmp_path / "out"), threads=1))(ids, len(ids))
+    np.testing.assert_allclose(found, stream_logits(made.cut, ids), atol=1e-4 * np.abs(found).max())
+
+
+def test_values_can_be_rotated_in_what_is_left(pruned: Callable[..., Pruned], tmp_path: Path) -> None:
+    made = pruned("ffn=20%,kv=1,blocks=1")
+    outputs = frozenset(name.removesuffix(".weight") for name in made.cut.tensors if "o_proj" in name)
+    build.write(build.plan(made.whole, Recipe.parse("none"), made, rotated=outputs), tmp_path / "out")
+    ids = RNG.integers(0, 200, 20)
+    found = session_scorer(Session(open_artifact(tmp_path / "out"), threads=1))(ids, len(ids))
+    np.testing.assert_allclose(found, stream_logits(made.cut, ids), atol=1e-4 * np.abs(found).max())
+
+
 def test_each_pruning_has_a_fingerprint_of_its_own(pruned: Callable[..., Pruned]) -> None:
     made = pruned("ffn=30%")
     other = dataclasses.replace(made.cuts, weights=dict(itertools.islice(made.cuts.weights.items(), 1)))
@@ -222,6 +239,9 @@ def test_pruning_that_takes_it_all(
         study(made.whole, TEXT, goal, pruned=made)
     assert "\n" not in str(caught.value)
     found = study(made.whole, TEXT, goal, pruned=made, allow_miss=True)
+    nearly_all = dataclasses.replace(found, lost={goal.quantity: 0.95 * goal.loss})
+    assert nearly_all.left(goal).loss == pytest.approx(0.05 * goal.loss)  # not a little more than there is
+    assert found.left(goal).loss > 0
     with pytest.raises(DsoptError, match=r"is \d.* nats, more than 0.001"):
         compress(made.whole, found, goal, tmp_path / "out", "auto")
     manifest = compress(made.whole, found, goal, tmp_path / "out", "auto", allow_miss=True)
