@@ -1,7 +1,7 @@
 """What speculation gains: real prompts with and without it in turn, and what a made-up acceptance would bring."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,21 +30,32 @@ class Task:
 
 @dataclass(frozen=True)
 class Answer:
-    """The tokens of an answer, and how it went."""
+    """The tokens of an answer, and how it went. `stamps`: seconds from the first token to each.
+
+    `counted`: of how many tokens the rates are. Answers part at near ties, some end sooner than others, and tokens far
+    into a long one take longer: each prompt counts as far as all of its answers go.
+    """
 
     tokens: tuple[int, ...]
     result: Result
+    stamps: tuple[float, ...]
+    counted: int
+
+    @property
+    def answer_seconds(self) -> float:
+        """From the first token to the last that counts."""
+        return self.stamps[self.counted - 1]
 
     @property
     def seconds(self) -> float:
-        return self.result.prompt_seconds + self.result.answer_seconds
+        return self.result.prompt_seconds + self.answer_seconds
 
 
 @dataclass
 class Comparison:
     """Answers to the prompts of one category: plain, speculative, and with exact mode its reference without a drafter.
 
-    Rates are of all tokens and seconds together, so that a short answer weighs no more than its share.
+    Rates are of all tokens that count and their seconds, so that a short answer weighs no more than its share.
     """
 
     category: str
@@ -73,13 +84,13 @@ class Comparison:
 
 def decode_rate(answers: Sequence[Answer]) -> float:
     """Tokens a second after the first of each answer; 0 where no answer has two."""
-    seconds = sum(answer.result.answer_seconds for answer in answers)
-    return sum(len(answer.tokens) - 1 for answer in answers) / seconds if seconds else 0.0
+    seconds = sum(answer.answer_seconds for answer in answers)
+    return sum(answer.counted - 1 for answer in answers) / seconds if seconds else 0.0
 
 
 def latency(answers: Sequence[Answer]) -> float:
-    """Seconds a token, the prompt's time included: answers that differ in a token may differ in length."""
-    return sum(answer.seconds for answer in answers) / sum(len(answer.tokens) for answer in answers)
+    """Seconds a token, the prompt's time included."""
+    return sum(answer.seconds for answer in answers) / sum(answer.counted for answer in answers)
 
 
 def compare(
@@ -96,6 +107,8 @@ def compare(
         for index, task in enumerate(task for task in tasks if task.category == category):
             order = ways[index % len(ways) :] + ways[: index % len(ways)]
             answers = {id(way): _answer(model, task, way, limit) for way in order}
+            shortest = min(len(answer.tokens) for answer in answers.values())
+            answers = {way: replace(answer, counted=shortest) for way, answer in answers.items()}
             for kept in (comparison, overall):
                 kept.plain.append(answers[id(None)])
                 kept.speculative.append(answers[id(speculation)])
@@ -122,8 +135,11 @@ def _margin(model: Model, task: Task, one: Answer, other: Answer) -> list[float]
 
 def _answer(model: Model, task: Task, speculation: Speculation | None, limit: int) -> Answer:
     stream = model.stream(task.prompt, limit=limit, speculation=speculation)
-    tokens = tuple(piece.step.token for piece in stream)
-    return Answer(tokens, stream.result)
+    tokens, stamps = [], []
+    for piece in stream:
+        tokens.append(piece.step.token)
+        stamps.append(stream.result.answer_seconds)
+    return Answer(tuple(tokens), stream.result, tuple(stamps), len(tokens))
 
 
 @dataclass(frozen=True)
