@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ _LEAST, _REPETITIONS = 3, 12  # runs of each width; the fastest counts, since al
 _CHECKS = 4  # runs of a width, compared with the widest
 _SHALLOW, _DEEP = 64, 1024  # tokens in the cache
 _VERSION = 4
+
+Curve = TypeVar("Curve")
 
 
 @dataclass(frozen=True)
@@ -75,22 +77,29 @@ def verify_curve(session: Session, measuring: Callable[[], None] = lambda: None,
     `measuring` is called before it is measured; `fresh` measures it anew.
     """
     path = cache_path("curves", session, _VERSION)
-    known = None if fresh else _read(path)
+    return remembered(path, VerifyCurve, lambda: measure_curve(session), measuring, fresh=fresh)
+
+
+def remembered(
+    path: Path, kind: Callable[..., Curve], measure: Callable[[], Curve], measuring: Callable[[], None], *, fresh: bool
+) -> Curve:
+    """What the cache has at `path`, a dataclass of this `kind`; else, or if `fresh`, what `measure` makes."""
+    known = None if fresh else _read(path, kind)
     if known is not None:
         return known
     measuring()
-    curve = measure_curve(session)
+    curve = measure()
     try:
-        write_atomically(path, json.dumps(asdict(curve)).encode())
+        write_atomically(path, json.dumps(asdict(cast(Any, curve))).encode())
     except OSError:
-        return curve  # a read-only cache costs two seconds next time, nothing else
+        return curve  # a read-only cache: measured again next time, nothing else
     return curve
 
 
-def _read(path: Path) -> VerifyCurve | None:
+def _read(path: Path, kind: Callable[..., Curve]) -> Curve | None:
     """None where it was never measured, or the entry is damaged."""
     try:
-        return VerifyCurve(**read_tuples(path))
+        return kind(**read_tuples(path))
     except (OSError, ValueError, TypeError, AttributeError):
         return None
 

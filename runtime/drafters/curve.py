@@ -1,17 +1,14 @@
 """The draft curve: what drafting and reading take on this machine, of a drafter that must read before it drafts."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dsopt.runtime.curve import cache_path, read_tuples
+from dsopt.runtime.curve import cache_path, remembered
 from dsopt.runtime.drafters import Drafter, ReadingDrafter
-from dsopt.runtime.files import write_atomically
 from dsopt.runtime.session import PREFILL_CHUNK
 
 if TYPE_CHECKING:
@@ -55,24 +52,7 @@ def draft_curve(
     One is made to be measured, and forgotten: what it drafts for random tokens would spoil what it counts.
     """
     path = cache_path("draft-curves", model.session, identity, _VERSION)
-    known = None if fresh else _read(path)
-    if known is not None:
-        return known
-    measuring()
-    curve = measure_draft_curve(make(), model)
-    try:
-        write_atomically(path, json.dumps(asdict(curve)).encode())
-    except OSError:
-        return curve  # a read-only cache: measured again next time, nothing else
-    return curve
-
-
-def _read(path: Path) -> DraftCurve | None:
-    """None where it was never measured, or the entry is damaged."""
-    try:
-        return DraftCurve(**read_tuples(path))
-    except (OSError, ValueError, TypeError, AttributeError):
-        return None
+    return remembered(path, DraftCurve, lambda: measure_draft_curve(make(), model), measuring, fresh=fresh)
 
 
 def measure_draft_curve(drafter: ReadingDrafter, model: "Model") -> DraftCurve:
