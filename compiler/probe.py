@@ -22,7 +22,7 @@ from dsopt.compiler.targets import Target, find_target
 from dsopt.runtime.devices import missing_provider
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.files import cache_dir, write_atomically
-from dsopt.runtime.session import Session
+from dsopt.runtime.session import Session, default_threads, session_options
 
 _PASSING = ("CUDA failure", "CUBLAS failure", "CUDNN failure", "out of memory", "Failed to allocate")  # a busy card
 _SIZE = 128  # N = K of the layers tried
@@ -63,10 +63,9 @@ def adds_in_16_bits() -> bool:
     node = ir.node("MatMulInteger", [rows, weights])
     node.outputs[0].name = "sums"
     graph = ir.Graph([rows], node.outputs, nodes=[node], initializers=[weights], opset_imports={"": 21}, name="sums")
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1  # makes no pool
+    Session.share_pool(default_threads())
     data = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(data, session_options(), providers=["CPUExecutionProvider"])
     (sums,) = session.run(None, {"rows": np.full((4, _SIZE), 255, np.uint8)})
     return bool(np.any(sums != 255 * 127 * _SIZE))
 

@@ -9,6 +9,7 @@ from dsopt.compiler.kernels import MICROSOFT, format_of, linear_node, weight_par
 from dsopt.compiler.probe import adds_in_16_bits
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.weights import initializer
+from dsopt.runtime.session import Session, session_options
 
 N, K = 48, 64
 
@@ -24,10 +25,9 @@ def multiply(form: Format, x: np.ndarray, arrays: tuple[np.ndarray, ...]) -> np.
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
     graph.append(node)
     graph.outputs.append(node.outputs[0])
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
+    Session.share_pool(2)
     data = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
-    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(data, session_options(), providers=["CPUExecutionProvider"])
     return session.run(["y"], {"x": x})[0]
 
 
