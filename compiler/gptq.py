@@ -28,31 +28,40 @@ class Feedback:
     factor: Tensor
 
 
-def error_feedback(gram: Tensor, block: int) -> Feedback:
-    """From H [K, K]. Raises nothing: it is positive semidefinite, and the damping is raised until U exists."""
-    padding = -gram.shape[0] % block
+def error_feedback(gram: Tensor, *blocks: int) -> Feedback:
+    """From H [K, K], for formats of any of `blocks`, each a multiple of the next.
+
+    Raises nothing: H is positive semidefinite, and the damping is raised until U exists.
+    """
+    padding = -gram.shape[0] % blocks[0]
     h = torch.nn.functional.pad(gram.double(), (0, padding, 0, padding))
-    order = _order(h.diagonal(), block)
+    order = _order(h.diagonal(), *blocks)
     h = h[order][:, order]
     mean = h.diagonal().mean().clamp_min(1e-30)
     dead = h.diagonal() <= 0
     h.diagonal()[dead] = mean
     damping = _DAMPING
     while True:
+        # From the last row to the first H = R R^T with R upper triangular, and so H^-1 = U^T U with U = R^-1.
         damped = h + damping * mean * torch.eye(len(h), dtype=h.dtype)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return Feedback(order, upper.float())
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1).float(), torch.eye(len(h)), upper=True)
+            if factor.isfinite().all():
+                return Feedback(order, factor)
         damping *= 10
 
 
-def _order(square: Tensor, block: int) -> Tensor:
-    """Blocks by the sum of E[x^2], in a block channels by E[x^2], the largest first. Of equals the first is first."""
+def _order(square: Tensor, block: int, *smaller: int) -> Tensor:
+    """Blocks by the sum of E[x^2], in a block `smaller` ones and then channels, the largest first. Of equals the first
+    is first."""
     square = square.unflatten(0, (-1, block))
     blocks = square.sum(1).argsort(descending=True, stable=True)
-    return (blocks[:, None] * block + square.argsort(dim=1, descending=True, stable=True)[blocks]).flatten()
+    if smaller:
+        within = torch.stack([_order(part, *smaller) for part in square])
+    else:
+        within = square.argsort(dim=1, descending=True, stable=True)
+    return (blocks[:, None] * block + within[blocks]).flatten()
 
 
 def round_weights(w: Tensor, feedback: Feedback, form: Format) -> Blocks:

@@ -137,8 +137,9 @@ class Pricer:
         k = linears[0].x.shape[1]
         site = Site(modules[0], tuple(modules), layer, sum(linear.w.shape[0] for linear in linears), k)
         inputs = self.statistics.input(site.name)
-        feedback = cache(lambda block: error_feedback(inputs.gram, block))
-        for form in offered_formats(k, self.arithmetic):
+        formats = offered_formats(k, self.arithmetic)
+        feedback = cache(lambda: error_feedback(inputs.gram, *_fed_back_blocks(formats)))
+        for form in formats:
             if form.kernel == "w8a8":
                 if first in _UNLIKE or not form.per_token:
                     add_prices = self._price_smoothed if form.bits == 8 else self._price_fed_back
@@ -224,6 +225,11 @@ def offered_formats(k: int, arithmetic: Arithmetic = CPU) -> list[Format]:
     return [form for form in fitting if form not in eights[:-2]]
 
 
+def _fed_back_blocks(formats: list[Format]) -> list[int]:
+    """The sizes of blocks that GPTQ rounds, falling: one order of the channels is for all."""
+    return sorted({form.block for form in formats if form.kernel == "nbits" and form.bits < 8}, reverse=True)
+
+
 def price_head(
     checkpoint: Checkpoint,
     head: torch.nn.Sequential,
@@ -245,8 +251,9 @@ def price_head(
     log_p = linear(x).log_softmax(-1)
     n, k = w.shape
     site = Site(HEAD, (HEAD,), None, n, k, copies=2 if name == f"{HEAD}.weight" else 1)
-    feedback = cache(lambda block: error_feedback(statistics.input(HEAD).gram, block))
-    for form in offered_formats(k, arithmetic):
+    formats = offered_formats(k, arithmetic)
+    feedback = cache(lambda: error_feedback(statistics.input(HEAD).gram, *_fed_back_blocks(formats)))
+    for form in formats:
         if form.kernel not in ("nbits", "none", "fp8") or form.minima:
             continue
         seen, exact = [Observed(x, w, x, x)], [is_exact(checkpoint.tensors[name], form)]
@@ -298,20 +305,18 @@ def _dynamic(
     `per_token`: each row was divided by its largest value before. `head`: so many channels each are rotated before.
     `by`: what GPTQ rounds the weights by.
     """
-    x, parts = _in_basis(linears[0].x / scales, head), []
+    x, pieces = _in_basis(linears[0].x / scales, head), []
     largest = x.abs().amax(1, keepdim=True).clamp_min(1e-20) if per_token else torch.ones(len(x), 1)
     for rows in (x / largest).split(PREFILL_CHUNK):
         low, high = rows.amin().clamp_max(0), rows.amax().clamp_min(0)
         step = ((high - low) / 255).clamp_min(1e-30)
         zero = (-low / step).round()
-        parts.append(((rows / step).round() + zero).clamp(0, 255).sub(zero) * step)
-    x = torch.cat(parts) * largest
-    price = 0.0
-    for linear in linears:
-        w = _in_basis(linear.w * scales, head)
-        codes, steps = round_columns(w, by, bits) if by else quantize_columns(w, bits)
-        price += linear.cost(x @ (codes.float() * steps[:, None]).T)
-    return price
+        pieces.append(((rows / step).round() + zero).clamp(0, 255).sub(zero) * step)
+    x = torch.cat(pieces) * largest
+    w = _in_basis(torch.cat([linear.w for linear in linears]) * scales, head)
+    codes, steps = round_columns(w, by, bits) if by else quantize_columns(w, bits)
+    parts = (codes.float() * steps[:, None]).split([len(linear.w) for linear in linears])
+    return sum(linear.cost(x @ part.T) for linear, part in zip(linears, parts, strict=True))
 
 
 def _in_basis(x: Tensor, head: int | None) -> Tensor:
@@ -323,12 +328,12 @@ def _rounded(
     linears: list[Observed],
     exact: list[bool],
     form: Format,
-    feedback: Callable[[int], Feedback],
+    feedback: Callable[[], Feedback],
     floats: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """The weights as the format will hold them, with scales of type `floats`: float32 [N, K] each.
 
-    GPTQ rounds all that read one input at once; `feedback` is that of the input's Gram matrix, by the size of a block.
+    GPTQ rounds all that read one input at once; `feedback` is that of the input's Gram matrix.
     """
     if all(exact):
         return [linear.w for linear in linears]
@@ -344,7 +349,7 @@ def _rounded(
             codes, scales = quantize_fp8(w[start:stop], form.block)
             out[start:stop] = codes.float() * scales.repeat_interleave(form.block, 1)[:, : w.shape[1]]
     elif form.bits < 8:
-        passed_on = feedback(form.block)
+        passed_on = feedback()
 
         def work(start: int, stop: int) -> None:
             out[start:stop] = _values(round_weights(w[start:stop], passed_on, form), w.shape[1], floats)

@@ -1,5 +1,6 @@
 """FusedMatMul -> the operator of the format that the recipe gives each linear layer's role."""
 
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -35,6 +36,8 @@ from dsopt.runtime.errors import DsoptError
 GPTQ_COLUMNS = 32  # channels of a block whose order is kept, where weights have no blocks
 GPTQ_ROWS = 4096  # rounded together: so many hide the loop over channels; threads with fewer wait for each other
 
+MakeFeedback = Callable[[], Feedback]
+Basis = tuple[bytes | int, ...]
 Evidence = Callable[[str], InputStatistics]
 """What is known of a module's input, by module name."""
 
@@ -53,6 +56,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
     ) -> None:
         super().__init__()
         self.recipe, self.evidence, self.find = recipe, evidence, find
+        self._feedbacks = _Feedbacks()
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         graph = model.graph
@@ -76,16 +80,42 @@ class QuantizeLinears(ir.passes.InPlacePass):
 
     def _weights(self, graph: ir.Graph, linear: Linear, form: Format) -> list[ir.Value]:
         if form.kernel == "nbits":
-            seen = partial(self.evidence, module_name(linear)) if self.evidence else None
-            return block_initializers(graph, linear.weight, form, seen)
+            return block_initializers(graph, linear.weight, form, self._feedback(linear, form.block))
         n, k = linear.size
         source = _weight(linear.weight)
         if form.kernel == "fp8":
             shared = Shared(lambda: _fp8_codes(source, n, k))
         else:
-            seen = partial(self.evidence, module_name(linear)) if self.evidence else None
-            shared = Shared(lambda: _column_codes(source, n, k, form, seen))
+            feedback = self._feedback(linear, GPTQ_COLUMNS)
+            shared = Shared(lambda: _column_codes(source, n, k, form, feedback))
         return _lazy_parts(graph, str(linear.weight.name), form, (n, k), shared)
+
+    def _feedback(self, linear: Linear, block: int) -> MakeFeedback | None:
+        """For weights that are rounded later, when the others that read the same input are."""
+        if self.evidence is None:
+            return None
+        evidence, name, tensor = self.evidence, module_name(linear), _weight(linear.weight).tensor
+        return lambda: self._feedbacks.of(evidence(name).gram, tensor, block)
+
+
+class _Feedbacks:
+    """The last one made: layers that read one input are rounded one after the other."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._gram: torch.Tensor | None = None
+        self._basis: Basis = ()
+        self._made: dict[int, Feedback] = {}  # by block
+
+    def of(self, gram: torch.Tensor, tensor: Tensor, block: int) -> Feedback:
+        """For weights `tensor` of inputs that have the Gram matrix `gram` before they are smoothed and rotated."""
+        with self._lock:
+            basis = _basis(tensor)
+            if self._gram is not gram or self._basis != basis:
+                self._gram, self._basis, self._made = gram, basis, {}
+            if block not in self._made:
+                self._made[block] = error_feedback(_in_basis(gram, basis), block)
+            return self._made[block]
 
 
 def module_name(linear: Linear) -> str:
@@ -112,7 +142,7 @@ def _weight(value: ir.Value) -> Weight:
 
 
 def block_initializers(
-    graph: ir.Graph, value: ir.Value, form: Format, evidence: Callable[[], InputStatistics] | None = None
+    graph: ir.Graph, value: ir.Value, form: Format, feedback: MakeFeedback | None = None
 ) -> list[ir.Value]:
     """The lazily quantized `value` [N, K]: codes uint8 [N, blocks, bytes], scales [N, blocks], zero points or none.
 
@@ -123,7 +153,7 @@ def block_initializers(
         found = [graph.initializers.get(f"{name}.{part}") for part in ("codes", "scales", "zeros")]
         return [part for part in found if part is not None]
     n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
-    shared = Shared(lambda: _block_codes(weight, n, k, form, evidence), keep=["zeros"])
+    shared = Shared(lambda: _block_codes(weight, n, k, form, feedback), keep=["zeros"])
     return _lazy_parts(graph, name, form, (n, k), shared)
 
 
@@ -153,9 +183,7 @@ def _repacked(tensor: Tensor, start: int, stop: int) -> Blocks:
     return repack(tensor, start, stop)
 
 
-def _block_codes(
-    weight: Weight, n: int, k: int, form: Format, evidence: Callable[[], InputStatistics] | None
-) -> dict[str, np.ndarray]:
+def _block_codes(weight: Weight, n: int, k: int, form: Format, feedback: MakeFeedback | None) -> dict[str, np.ndarray]:
     blocks = form.blocks(k)
     codes = np.empty((n, blocks, form.block * form.bits // 8), np.uint8)
     scales = np.empty((n, blocks), np.float32)
@@ -167,11 +195,11 @@ def _block_codes(
         codes[start:stop], scales[start:stop] = pack(made.codes), made.scales.numpy()
         zeros[start:stop] = pack(made.zero_points)
 
-    if evidence is not None and form.bits < 8 and not is_exact(weight.tensor, form):
-        feedback = error_feedback(evidence().gram, form.block)
+    if feedback is not None and form.bits < 8 and not is_exact(weight.tensor, form):
+        passed_on = feedback()
 
         def work(start: int, stop: int) -> None:
-            keep(start, stop, _fed_back(weight, start, stop, feedback, form))
+            keep(start, stop, _fed_back(weight, start, stop, passed_on, form))
 
         for_row_chunks(n, k, work, GPTQ_ROWS)
     else:
@@ -200,33 +228,38 @@ def _with_rest(made: Blocks, form: Format) -> Blocks:
     return Blocks(*(torch.cat(pair, 1) for pair in pairs))
 
 
-def _column_codes(
-    weight: Weight, n: int, k: int, form: Format, evidence: Callable[[], InputStatistics] | None
-) -> dict[str, np.ndarray]:
+def _column_codes(weight: Weight, n: int, k: int, form: Format, feedback: MakeFeedback | None) -> dict[str, np.ndarray]:
     """With 8 bits codes are unsigned."""
     zero = 128 if form.bits == 8 else 0
     codes, scales = np.empty((k, n), np.uint8 if zero else np.int8), np.empty(n, np.float32)
-    feedback = None
-    if evidence is not None and form.bits < 8:
-        feedback = error_feedback(_in_basis_of(weight.tensor, evidence().gram), GPTQ_COLUMNS)
+    passed_on = feedback() if feedback is not None and form.bits < 8 else None
 
     def work(start: int, stop: int) -> None:
         rows = torch.from_numpy(weight.read(start, stop))
-        made, scale = round_columns(rows, feedback, form.bits) if feedback else quantize_columns(rows, form.bits)
+        made, scale = round_columns(rows, passed_on, form.bits) if passed_on else quantize_columns(rows, form.bits)
         codes[:, start:stop], scales[start:stop] = made.numpy().T.astype(np.int16) + zero, scale.numpy()
 
-    for_row_chunks(n, k, work, GPTQ_ROWS if feedback else None)
+    for_row_chunks(n, k, work, GPTQ_ROWS if passed_on else None)
     return {"codes": codes, "scales": scales, **({"zeros": np.array(zero, np.uint8)} if zero else {})}
 
 
-def _in_basis_of(tensor: Tensor, gram: torch.Tensor) -> torch.Tensor:
-    """The Gram matrix of the inputs that a weight is multiplied with, once they are smoothed and rotated as it is."""
+def _basis(tensor: Tensor) -> Basis:
+    """How columns of a weight were multiplied, with how much as bytes, or rotated, with the size of a head."""
     if isinstance(tensor, Scaled):
-        gram = _in_basis_of(tensor.source, gram)
-        return gram if tensor.columns is None else smoothed_gram(gram, torch.from_numpy(tensor.columns))
+        before = _basis(tensor.source)
+        return before if tensor.columns is None else (*before, tensor.columns.astype(np.float32).tobytes())
     if isinstance(tensor, Rotated):
-        gram = _in_basis_of(tensor.source, gram)
-        return rotated_gram(gram, tensor.head) if tensor.axis == 1 else gram
+        return (*_basis(tensor.source), tensor.head) if tensor.axis == 1 else _basis(tensor.source)
+    return ()
+
+
+def _in_basis(gram: torch.Tensor, basis: Basis) -> torch.Tensor:
+    """E[x x^T] of inputs that are divided and rotated as the weights are."""
+    for step in basis:
+        if isinstance(step, bytes):
+            gram = smoothed_gram(gram, torch.frombuffer(bytearray(step), dtype=torch.float32))
+        else:
+            gram = rotated_gram(gram, step)
     return gram
 
 
