@@ -113,15 +113,15 @@ def _grid(w: Tensor, form: Format, importance: Tensor) -> Blocks:
 
 def _round_block(w: Tensor, factor: Tensor, grid: Blocks, bits: int) -> tuple[Tensor, Tensor]:
     """Codes uint8 [N, block], and the errors as the later blocks want them, float32 [N, block]."""
-    w = w.T.contiguous()  # a channel is a row: the loop runs along memory
     scale, zero = grid.scales[:, 0], grid.zero_points[:, 0].float()
     offset = -scale * zero if grid.rest is None else grid.rest[:, 0] - scale * zero
     inverse = torch.where(scale.abs() < 1e-37, torch.zeros_like(scale), 1 / scale)
-    codes, errors = torch.empty_like(w), torch.empty_like(w)
-    for i, (x, code, error, pivot) in enumerate(zip(w, codes, errors, factor.diagonal().tolist(), strict=True)):
-        torch.sub(x, offset, out=code).mul_(inverse).round_().clamp_(0, 2**bits - 1)
-        torch.addcmul(offset, code, scale, out=error)
-        torch.sub(x, error, out=error).div_(pivot)
+    w = (w - offset[:, None]).T.contiguous()  # a channel is a row: the loop runs along memory
+    codes, errors, pivots = torch.empty_like(w), torch.empty_like(w), factor.diagonal()[:, None]
+    shares = factor / pivots
+    for i, (x, code, error) in enumerate(zip(w, codes, errors, strict=True)):  # few operations: each costs microseconds
+        torch.mul(x, inverse, out=code).round_().clamp_(0, 2**bits - 1)
+        torch.addcmul(x, code, scale, value=-1, out=error)
         if i + 1 < len(w):
-            w[i + 1 :].addr_(factor[i, i + 1 :], error, alpha=-1)
-    return codes.T.to(torch.uint8).contiguous(), errors.T
+            w[i + 1 :].addr_(shares[i, i + 1 :], error, alpha=-1)
+    return codes.T.to(torch.uint8).contiguous(), errors.div_(pivots).T

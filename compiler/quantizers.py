@@ -175,8 +175,12 @@ def quantize_fp8(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:
 
 
 def for_row_chunks(rows: int, width: int, work: Callable[[int, int], None], step: int | None = None) -> None:
-    """Call `work(start, stop)` for chunks of rows on all cores; tensor operations inside run single-threaded."""
+    """Call `work(start, stop)` for chunks of rows on all cores; tensor operations inside run single-threaded, unless
+    there is one chunk only."""
     step = step or max(1, _CHUNK // width)
+    if rows <= step:
+        work(0, rows)
+        return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
