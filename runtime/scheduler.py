@@ -23,7 +23,8 @@ _READER_LOSS = 0.02  # share of the time, of a drafter that reads; the loop's ow
 _BESIDE_LOSS = 0.01  # beside one that copies, which has its own share
 _ODDS = 1.5  # what a start on experience must promise for each second that it stakes
 _DOUBT = 4.0  # how much more must have been saved up to start a drafter that gained nothing before
-_WINDOWS = (512, 256, 128, 64, 32)  # tokens to begin with: a drafter goes by what stands near
+BEGINNING = 512  # tokens that a drafter begins with, at most: it goes by what stands near
+_WINDOWS = (BEGINNING, 256, 128, 64, 32)
 _MOST_GAIN = 0.5  # of the steps that are left a drafter hardly saves more
 _WON = 6.0  # plain steps won that may be lost again before anyone looks
 _SURVIVAL = 0.75  # of a draft's tokens, each given those before it, until counted
@@ -109,6 +110,10 @@ class Scheduler:
             self._pay(seconds, cached)
         return self._stake > 0
 
+    def too_far(self, unread: int) -> int:
+        """How many of so many unread tokens, the first ones, will not be read, whenever reading begins."""
+        return max(unread - BEGINNING, 0) if self.reader is not None else 0
+
     def read(self, depth: int, room: int, unread: int) -> tuple[int, int]:
         """What the drafter is to do now, beside a plain step, about the `unread` tokens: leave out so many, the first
         ones, for good; and read so many behind them. `room`: tokens that the answer may have beyond the next.
@@ -121,14 +126,14 @@ class Scheduler:
             self._stake = self._worth_staking(depth, room, unread)
         if self.reader is None or unread <= _NEAR or room < 1:
             self._reading = False
-            return 0, 0
+            return self.too_far(unread), 0
         if not self._reading:
             window = self._window(depth, room, unread)
             self._reading, left_out = window > 0, unread - window
         chunk = min(unread - left_out, PREFILL_CHUNK)
         if not self._reading or self._lost + self._cost.of_reading(chunk) > self._grant(depth):
             self._reading = False  # where it has begun, it turned out dearer than was expected
-            return 0, 0
+            return self.too_far(unread), 0
         self._unread = unread - left_out - chunk
         return left_out, chunk
 
@@ -215,7 +220,7 @@ class Scheduler:
         most = min(experience.won, experience.promise(room) / _ODDS) * step
         if room < 1 or most <= seconds:
             return 0.0
-        whole = seconds + self._cost.of_reading(min(unread, _WINDOWS[0])) + 2 * self._risk(depth, room)
+        whole = seconds + self._cost.of_reading(min(unread, BEGINNING)) + 2 * self._risk(depth, room)
         return whole if most >= whole else 0.0
 
     def _risk(self, depth: int, room: int) -> float:

@@ -103,11 +103,13 @@ class _Loop:
         cache.trim(min(cache.length, len(prompt) - 1))
         self._begin(limit)
         cache.reserve(len(prompt))
+        far = self._scheduler.too_far(len(prompt))
         logits, chunk = None, getattr(self._binding, "chunk", None) or sessions.PREFILL_CHUNK
         while cache.length < len(prompt) and not cancelled():
             tokens = prompt[cache.length :][:chunk]
-            rows = int(cache.length + len(tokens) == len(prompt))
-            logits = ingest(self._binding, tokens, self._drafter, rows, self._candidates)
+            stop = cache.length + len(tokens)
+            rows, shown = int(stop == len(prompt)), stop > far
+            logits = ingest(self._binding, tokens, self._drafter, rows, self._candidates, shown=shown)
         return logits[-1] if logits is not None and cache.length == len(prompt) else None
 
     def _begin(self, limit: int) -> None:
@@ -181,6 +183,8 @@ class _Loop:
         depth = self._cache.length
         left_out, count = self._scheduler.read(depth, room, reader.unread)
         if count == 0:
+            if left_out and reader.taps:  # hidden states take room, tokens do not
+                reader.leave_out(left_out)
             return
         self._tally.overhead_seconds += self._lap()
         if left_out:

@@ -40,7 +40,8 @@ class Drafter(Protocol):
     def accept(self, tokens: Sequence[int], hidden: NDArray[np.float32] | None) -> None:
         """The target processed `tokens` [n] and keeps them: a chunk of the prompt, or what a round accepted.
 
-        `hidden` [n, taps, width]: the outputs of the tapped layers at these tokens; None without taps.
+        `hidden` [n, taps, width]: the outputs of the tapped layers at these tokens; None without taps, and where they
+        are not to be had: then a drafter with taps leaves out these tokens and what it has not read before them.
         """
 
     def draft(self, anchor: int, limit: int) -> Draft:

@@ -19,6 +19,7 @@ from dsopt.runtime.drafters.cost import draft_cost
 from dsopt.runtime.drafters.deepspec import open_deepspec
 from dsopt.runtime.drafters.graph import CachedGraph
 from dsopt.runtime.drafters.manifest import save_temperatures
+from dsopt.runtime.drafters.waiting import Waiting
 from dsopt.runtime.model import Model
 from dsopt.runtime.sampling import Sampler, Sampling
 from dsopt.runtime.session import Session
@@ -155,6 +156,38 @@ def test_what_waits_may_be_read_in_pieces_or_left_out(name: str, compile_pair: C
     drafter.read(4)
     assert drafter.unread == 15 - behind
     assert_same(drafter.draft(TOKENS[40], 4), without)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_tokens_without_hidden_states_are_left_out(name: str, compile_pair: Callable[..., Any]) -> None:
+    drafter, behind = drafter_of(compile_pair(name)), int(name == "eagle3")
+    taps = random_taps(drafter)
+    without = draft_without(drafter, taps, 21)
+    drafter.begin()
+    drafter.accept(TOKENS[:8], taps[:8])
+    drafter.accept(TOKENS[8:21], None)
+    assert drafter.unread == 0
+    drafter.accept(TOKENS[21:40], taps[21:40])
+    assert drafter.unread == 19 - behind
+    assert_same(drafter.draft(TOKENS[40], 4), without)
+
+
+def test_what_waits_is_dropped_and_taken_across_its_pieces() -> None:
+    rows, waiting = np.arange(40, dtype=np.float32).reshape(20, 2), Waiting()
+    for start, stop in ((0, 3), (3, 3), (3, 9), (9, 10), (10, 20)):
+        waiting.add(rows[start:stop])
+    done = 0
+    for dropped, taken in ((0, 1), (1, 1), (1, 7), (2, 4), (0, 3)):
+        waiting.drop(dropped)
+        done += dropped
+        assert waiting.take(taken).tolist() == rows[done : done + taken].tolist()
+        done += taken
+        assert len(waiting) == 20 - done
+    assert done == 20
+    waiting.add(rows[:2])
+    waiting.clear()
+    waiting.add(rows[5:6])
+    assert waiting.take(1).tolist() == rows[5:6].tolist()
 
 
 def show(drafter: Any, taps: np.ndarray, pieces: tuple[int, ...], done: int = 0) -> None:

@@ -18,7 +18,8 @@ from dsopt.runtime.drafters.curve import DraftCurve
 from dsopt.runtime.drafters.experience import Experience
 from dsopt.runtime.drafters.ngram import NgramDrafter
 from dsopt.runtime.sampling import Sampler, Sampling
-from dsopt.runtime.scheduler import Reader, Scheduler
+from dsopt.runtime.scheduler import BEGINNING, Reader, Scheduler
+from dsopt.runtime.session import PREFILL_CHUNK
 from dsopt.runtime.speculate import Speculation, speculate
 from dsopt.runtime.tally import Tally
 
@@ -74,6 +75,7 @@ class Slow:
         self.clock, self.text, self.right, self.taps, self.slower = clock, text, right, taps, slower
         self._random = np.random.default_rng(0)
         self.largest = 0.0  # seconds of reading at once
+        self.most_unread = 0
         self.begin()
 
     def begin(self) -> None:
@@ -81,6 +83,9 @@ class Slow:
 
     def accept(self, tokens: Sequence[int], hidden: np.ndarray | None) -> None:
         self.seen += len(tokens)
+        if self.taps and hidden is None:
+            self.read_up_to = self.left_out = self.seen
+        self.most_unread = max(self.most_unread, self.unread)
 
     @property
     def unread(self) -> int:
@@ -305,6 +310,21 @@ def test_a_cached_prompt_is_computed_again_for_taps_only_where_that_pays(clock: 
     assert (tally.reread_tokens, tally.starts) == (280, 1)
     _, tally = answer(clock, Slow(clock, text(300), 0.85, TAPS), scheduler(rich), 300, 60, cached=280)
     assert (tally.reread_tokens, tally.starts) == (0, 0)
+
+
+@pytest.mark.parametrize("prompt", [32, 1000, 8000])
+def test_no_more_hidden_states_wait_than_reading_begins_with(clock: SimpleNamespace, prompt: int) -> None:
+    """And the schedule decides as if all of them waited."""
+    for right in (0.0, 0.85):
+        made = []
+        for taps in ((), TAPS):
+            clock.now = 0.0  # sums round alike
+            drafter = Slow(clock, text(prompt), right, taps)
+            times, tally = answer(clock, drafter, scheduler(), prompt, 2000)
+            made.append((times, tally, drafter.left_out))
+        assert made[0] == made[1]
+        assert tally.starts == 1
+        assert drafter.most_unread <= BEGINNING + PREFILL_CHUNK
 
 
 def test_interrupting_between_pieces_leaves_what_can_be_gone_on_from(clock: SimpleNamespace) -> None:
