@@ -98,17 +98,25 @@ class Scheduler:
         """What one token of plain decoding takes, now."""
         return self._run_seconds(1, depth)
 
-    def begin_again(self, cached: int, prompt: int, left: int) -> bool:
-        """Whether to compute `cached` tokens of a prompt of `prompt` tokens anew, so that the drafter sees the layers
-        it reads. An answer may have `left` tokens."""
+    def keep(self, cached: int, prompt: int, left: int) -> int:
+        """How many of `cached` tokens of a prompt of `prompt` tokens stay as they are; those behind them are computed
+        anew, so that the drafter sees the layers it reads. An answer may have `left` tokens.
+
+        In exact mode all stay: computed in other pieces they could have other bits.
+        """
         if self.reader is None:
-            return True
-        chunks, rest = divmod(cached, PREFILL_CHUNK)
-        seconds = chunks * self._run_seconds(PREFILL_CHUNK, 0) + (self._run_seconds(rest, 0) if rest else 0.0)
-        self._stake = self._worth_staking(prompt, left - 1, prompt, seconds)
-        if self._stake:
-            self._pay(seconds, cached)
-        return self._stake > 0
+            return 0
+        kept = self.too_far(prompt)
+        if kept >= cached or self._widths:
+            return cached
+        chunks, rest = divmod(cached - kept, PREFILL_CHUNK)
+        seconds = chunks * self._run_seconds(PREFILL_CHUNK, kept) + (self._run_seconds(rest, kept) if rest else 0.0)
+        stake = self._worth_staking(prompt, left - 1, prompt, seconds)
+        if not stake:
+            return cached  # whether to stake on what comes behind them is another question
+        self._stake = stake
+        self._pay(seconds, cached)
+        return kept
 
     def too_far(self, unread: int) -> int:
         """How many of so many unread tokens, the first ones, will not be read, whenever reading begins."""

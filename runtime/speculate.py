@@ -55,8 +55,8 @@ def speculate(
     The same tokens: at temperature 0, and with drafts that are certain at any temperature, those of `decode`, up to
     what the width of a run does to the logits; with drafts that were drawn, tokens of the same distribution. At
     every yield the cache is a prefix of what was yielded, without the last token. `cancelled` is asked between two
-    chunks of the prompt. A drafter with taps must be shown the whole prompt: where a prefix of it is cached, that is
-    computed again if the schedule finds it worth while, else the drafter is left out.
+    chunks of the prompt. Where a prefix of it is cached, a drafter with taps cannot see that: it is computed again, as
+    much of it as the drafter would read, if the schedule finds that worth while, else the drafter goes without.
     """
     loop = _Loop(binding, list(prompt), speculation, sampler, end, top)
     logits = loop.read_prompt(cancelled, limit)
@@ -113,21 +113,17 @@ class _Loop:
         return logits[-1] if logits is not None and cache.length == len(prompt) else None
 
     def _begin(self, limit: int) -> None:
-        """Tell the drafter of what is cached, if it can do with that."""
+        """Tell the drafter of what is cached, or compute again what it should see of that."""
         cached, prompt = self._cache.length, self.history
         if self._drafter is None:
             return
         self._scheduler.begin()
         if cached and self._drafter.taps:
-            if self._scheduler.begin_again(cached, len(prompt), limit):
-                self._cache.trim(0)
-                self._tally.reread_tokens = cached
-            else:
-                self._drafter, self._reader = self._copier, None
-        if self._drafter is not None:
-            self._drafter.begin()
-            if self._cache.length:
-                self._drafter.accept(prompt[:cached], None)
+            self._cache.trim(self._scheduler.keep(cached, len(prompt), limit))
+            self._tally.reread_tokens = cached - self._cache.length
+        self._drafter.begin()
+        if self._cache.length:
+            self._drafter.accept(prompt[: self._cache.length], None)
 
     def round(self, left: int) -> Generator[Step, None, int]:
         """Draft, verify, and yield what comes of it, at most `left` tokens; returns how many."""

@@ -295,21 +295,60 @@ def test_one_that_copies_goes_on_while_the_other_has_not_begun(clock: SimpleName
     assert all(time <= 1.03 * STEP * count + STEP for count, time in enumerate(times, 1))
 
 
+@pytest.mark.parametrize("right", [0.0, 0.85])
+@pytest.mark.parametrize("cached", [1, 280, 299])
+def test_what_comes_behind_a_cached_prompt_is_read_within_the_account(
+    clock: SimpleNamespace, cached: int, right: float
+) -> None:
+    drafter = Slow(clock, text(300), right, TAPS)
+    times, tally = answer(clock, drafter, scheduler(), 300, 1000, cached=cached)
+    assert (tally.reread_tokens, tally.starts) == (0, 1)
+    assert drafter.left_out >= cached
+    assert slower(times) <= 1.03
+    if right:
+        assert times[-1] < 0.9 * STEP * 1000
+
+    class Unsure(NgramDrafter):
+        def draft(self, anchor: int, limit: int) -> Draft:
+            assert self._text.tokens[:300] == text(300)[:300]  # it needs no hidden states
+            return super().draft(anchor, 0)
+
+    drafter = Slow(clock, text(300), right, TAPS)
+    _, tally = answer(clock, ChainDrafter([Unsure(), drafter]), scheduler(beside=True), 300, 1000, cached=cached)
+    assert (tally.reread_tokens, tally.starts) == (0, 1)
+    assert drafter.left_out >= cached
+
+
+def test_experience_begins_at_once_behind_a_cached_prompt(clock: SimpleNamespace) -> None:
+    """With what is new, where computing the rest again would cost more than is promised."""
+    drafter = Slow(clock, text(600), 0.85, TAPS)
+    _, tally = answer(clock, drafter, scheduler(Experience(won=1e6, started=1000, gained=200)), 600, 100, cached=580)
+    assert (tally.reread_tokens, tally.starts, tally.start_tokens) == (0, 1, 1)
+    assert (drafter.left_out, tally.read_tokens) == (580, 20)
+
+
 def test_a_cached_prompt_is_computed_again_for_taps_only_where_that_pays(clock: SimpleNamespace) -> None:
-    drafter = Slow(clock, text(300), 0.85, TAPS)
-    times, tally = answer(clock, drafter, scheduler(), 300, 1000, cached=280)
-    assert (tally.reread_tokens, tally.starts) == (0, 0)
-    assert slower(times) == pytest.approx(1)
-    assert clock.now < target().seconds(280, 0) + 1010 * STEP + target().seconds(20, 0)
-    chain = ChainDrafter([NgramDrafter(), Slow(clock, text(300), 0.85, TAPS)])
-    _, tally = answer(clock, chain, scheduler(beside=True), 300, 1000, cached=280)
-    assert (tally.reread_tokens, tally.starts) == (0, 0)
-    assert tally.proposed > 0  # the other one goes on
     rich = Experience(won=1e6, started=1000, gained=500)
-    times, tally = answer(clock, Slow(clock, text(300), 0.85, TAPS), scheduler(rich), 300, 1000, cached=280)
+    _, tally = answer(clock, Slow(clock, text(300), 0.85, TAPS), scheduler(rich), 300, 1000, cached=280)
     assert (tally.reread_tokens, tally.starts) == (280, 1)
     _, tally = answer(clock, Slow(clock, text(300), 0.85, TAPS), scheduler(rich), 300, 60, cached=280)
-    assert (tally.reread_tokens, tally.starts) == (0, 0)
+    assert tally.reread_tokens == 0
+
+    for cached, again in ((7000, 0), (7488, 0), (7489, 1), (7999, 511)):  # the drafter would read the latest 512
+        drafter = Slow(clock, text(8000), 0.85, TAPS)
+        _, tally = answer(clock, drafter, scheduler(rich), 8000, 2000, cached=cached)
+        assert (tally.reread_tokens, tally.starts) == (again, 1)
+        assert drafter.left_out == 8000 - 512
+
+
+def test_exact_mode_computes_nothing_again(clock: SimpleNamespace) -> None:
+    """What is cached may have other bits than what would be computed now."""
+    rich = Reader(MEASURED, Experience(won=1e6, started=1000, gained=500))
+    drafter = Slow(clock, text(300), 0.85, TAPS)
+    schedule = Scheduler(target(), (2, 4), rich)
+    _, tally = answer(clock, drafter, schedule, 300, 1000, cached=280, widths=(2, 4))
+    assert (tally.reread_tokens, tally.starts, tally.start_tokens) == (0, 1, 1)
+    assert drafter.left_out == 280
 
 
 @pytest.mark.parametrize("prompt", [32, 1000, 8000])
