@@ -145,6 +145,10 @@ class Scheduler:
         self._unread = unread - left_out - chunk
         return left_out, chunk
 
+    def give_up(self) -> None:
+        """The drafter that must read cannot draft for this sequence any more."""
+        self._reading, self._begun, self._unread = False, False, _NEAR + 1
+
     def observe_reading(self, depth: int, count: int, seconds: float) -> None:
         """So many tokens were read."""
         self._cost.observe_reading(count, seconds)

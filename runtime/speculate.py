@@ -175,7 +175,11 @@ class _Loop:
         return _first(draft, count), asked, seconds
 
     def _read(self, reader: ReadingDrafter, room: int) -> None:
-        """Let the drafter read as much as the schedule allows now."""
+        """Let the drafter read as much as the schedule allows now, or go on without it where it will not draft."""
+        if reader.silent:
+            self._drafter, self._reader = self._copier, None
+            self._scheduler.give_up()
+            return
         depth = self._cache.length
         left_out, count = self._scheduler.read(depth, room, reader.unread)
         if count == 0:
@@ -249,7 +253,7 @@ class _Loop:
         if self._drafter is None:
             return 0.0
         self._tally.overhead_seconds += self._lap()
-        hidden = self._binding.hidden
+        hidden = self._binding.hidden if self._drafter.taps else None  # a copy
         self._drafter.accept(tokens, None if hidden is None else hidden[first : first + len(tokens)])
         seconds = self._lap()
         self._tally.draft_seconds += seconds

@@ -57,7 +57,11 @@ class ReadingDrafter(Drafter, Protocol):
 
     @property
     def unread(self) -> int:
-        """Tokens that it was given and has not read; 0 where it cannot draft for this sequence any more."""
+        """Tokens that it was given and has not read; 0 where it is silent."""
+
+    @property
+    def silent(self) -> bool:
+        """It cannot draft for this sequence any more, and need not be told of it."""
 
     def read(self, count: int) -> None:
         """Read at most so many of them."""

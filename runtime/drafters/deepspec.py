@@ -116,8 +116,11 @@ class BlockDrafter:
 
     @property
     def unread(self) -> int:
-        count = len(self._waiting)
-        return 0 if self._full or self._cache.length + count > self._cache.limit else count
+        return 0 if self.silent else len(self._waiting)
+
+    @property
+    def silent(self) -> bool:
+        return self._full or self._cache.length + len(self._waiting) + self._ids.shape[1] > self._cache.limit
 
     def read(self, count: int) -> None:
         self.ingest(count)

@@ -62,7 +62,11 @@ class Eagle3Drafter:
     @property
     def unread(self) -> int:
         """The last row waits for the token behind it."""
-        return max(len(self._tokens) - 1, 0) if self._fits(0) else 0
+        return 0 if self.silent else max(len(self._tokens) - 1, 0)
+
+    @property
+    def silent(self) -> bool:
+        return not self._fits(1)
 
     def read(self, count: int) -> None:
         self._read(list(islice(self._tokens, 1, min(count, self.unread) + 1)))

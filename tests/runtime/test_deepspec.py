@@ -273,12 +273,15 @@ def test_past_its_context_a_drafter_is_silent(name: str, compile_pair: Callable[
     taps = np.random.default_rng(0).normal(size=(300, 2, 32)).astype(np.float32)
     tokens = np.random.default_rng(0).integers(0, 320, 300).tolist()
     drafter.accept(tokens[:251], taps[:251])
+    assert not drafter.silent
     assert len(drafter.draft(1, 4).tokens) == 4
     drafter.accept(tokens[251:254], taps[251:254])
     assert drafter.draft(1, 4).tokens == ()
     drafter.accept(tokens[254:], taps[254:])
+    assert (drafter.silent, drafter.unread) == (True, 0)
     assert drafter.draft(1, 4).tokens == ()
     drafter.begin()
+    assert not drafter.silent
     drafter.accept(tokens[:3], taps[:3])
     assert len(drafter.draft(1, 4).tokens) == 4
 

@@ -75,7 +75,7 @@ class Slow:
         self.clock, self.text, self.right, self.taps, self.slower = clock, text, right, taps, slower
         self._random = np.random.default_rng(0)
         self.largest = 0.0  # seconds of reading at once
-        self.most_unread = 0
+        self.most_unread, self.context = 0, CONTEXT
         self.begin()
 
     def begin(self) -> None:
@@ -89,7 +89,11 @@ class Slow:
 
     @property
     def unread(self) -> int:
-        return self.seen - self.read_up_to
+        return 0 if self.silent else self.seen - self.read_up_to
+
+    @property
+    def silent(self) -> bool:
+        return self.seen >= self.context
 
     def read(self, count: int) -> None:
         assert 0 < count <= self.unread
@@ -364,6 +368,34 @@ def test_no_more_hidden_states_wait_than_reading_begins_with(clock: SimpleNamesp
         assert made[0] == made[1]
         assert tally.starts == 1
         assert drafter.most_unread <= BEGINNING + PREFILL_CHUNK
+
+
+@pytest.mark.parametrize("context", [200, 500])
+def test_a_drafter_that_cannot_draft_has_not_started_and_is_not_told_of_anything(
+    clock: SimpleNamespace, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+
+    class Watched(Timed):
+        @property
+        def hidden(self) -> np.ndarray | None:
+            shown.append(self.cache.length)
+            return self.rows
+
+        @hidden.setter
+        def hidden(self, rows: np.ndarray | None) -> None:
+            self.rows = rows
+
+    monkeypatch.setattr(f"{__name__}.Timed", Watched)
+    experience, drafter = Experience(), Slow(clock, text(300), 0.85, TAPS)
+    drafter.context = context
+    _, tally = answer(clock, drafter, scheduler(experience), 300, 1000)
+    if context == 200:
+        assert (tally.starts, experience.started, len(shown)) == (0, 0, 3)  # the prompt's chunks
+    else:
+        assert 300 < max(shown) < 520
+        assert 0 < experience.started < context - 300
+        assert drafter.seen < 520
 
 
 def test_interrupting_between_pieces_leaves_what_can_be_gone_on_from(clock: SimpleNamespace) -> None:
