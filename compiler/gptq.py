@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsopt.compiler.quantizers import Blocks, quantize_blocks, quantize_minima
+from dsopt.compiler.quantizers import Blocks, column_scales, quantize_blocks, quantize_minima
 from dsopt.compiler.recipe import Format
 
+_CHANNELS = 32  # rounded before their errors are passed on to all others
 _DAMPING = 0.01  # of the mean diagonal: directions that calibration saw little of are not free
 
 
@@ -73,6 +74,26 @@ def round_weights(w: Tensor, feedback: Feedback, form: Format) -> Blocks:
     )
     rest = torch.cat([grid.rest for _, grid in parts if grid.rest is not None], 1)[:, places] if form.minima else None
     return Blocks(codes.contiguous(), scales, zeros, rest)
+
+
+def round_columns(w: Tensor, feedback: Feedback, bits: int) -> tuple[Tensor, Tensor]:
+    """Rows w float32 [N, K] with one scale each, that of the largest weight: codes int8 [N, K] and scales [N].
+
+    `feedback` may be that of any block.
+    """
+    k, half = w.shape[1], 2 ** (bits - 1)
+    scales = column_scales(w, bits)
+    zeros = torch.full((len(w), 1), half, dtype=torch.uint8)
+    grid = Blocks(zeros, scales[:, None], zeros)
+    w = torch.nn.functional.pad(w, (0, len(feedback.factor) - k))[:, feedback.order]
+    parts = []
+    for first in range(0, w.shape[1], _CHANNELS):
+        last = min(first + _CHANNELS, w.shape[1])
+        codes, errors = _round_block(w[:, first:last], feedback.factor[first:last, first:last], grid, bits)
+        w[:, last:] -= errors @ feedback.factor[first:last, last:]
+        parts.append(codes)
+    codes = torch.cat(parts, 1)[:, feedback.order.argsort()][:, :k]
+    return (codes.to(torch.int16) - half).to(torch.int8), scales
 
 
 def _grid(w: Tensor, form: Format, importance: Tensor) -> Blocks:

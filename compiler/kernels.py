@@ -36,7 +36,12 @@ def weight_parts(form: Format, n: int, k: int) -> list[Part]:
     if form.kernel == "none":
         return [Part("", (n, k), ir.DataType.FLOAT)]
     if form.kernel == "w8a8":
-        return [Part("codes", (k, n), ir.DataType.INT8), Part("scales", (n,), ir.DataType.FLOAT)]
+        scales = Part("scales", (n,), ir.DataType.FLOAT)
+        if form.bits < 8:
+            return [Part("codes", (k, n), ir.DataType.INT8), scales]
+        # Signed codes of 8 bits would overflow the 16 bits in which AVX2 adds two products. For unsigned ones ONNX
+        # Runtime has another kernel there, and the same one on processors with VNNI.
+        return [Part("codes", (k, n), ir.DataType.UINT8), scales, Part("zeros", (), ir.DataType.UINT8)]
     blocks = form.blocks(k)
     if form.kernel == "fp8":
         return [
@@ -57,9 +62,10 @@ def format_of(node: ir.Node) -> Format | None:
     if node.op_type == "MatMulNBits":
         bits, block = (node.attributes[name].as_int() for name in ("bits", "block_size"))
         return Format("nbits", bits, block, zero_points=len(node.inputs) > 3 and node.inputs[3] is not None)
-    words = {"FusedMatMul": "none", "DynamicQuantizeMatMul": "w8a8", "MatMulBlockQuantizedFp8Weight": "fp8"}
-    if node.metadata_props.get(PER_TOKEN):
-        return Format.parse("w8a8-token")
+    words = {"FusedMatMul": "none", "MatMulBlockQuantizedFp8Weight": "fp8"}
+    if node.op_type == "DynamicQuantizeMatMul":
+        bits = 8 if len(node.inputs) > 3 else 7
+        return Format("w8a8", bits, per_token=bool(node.metadata_props.get(PER_TOKEN)))
     return Format.parse(words[node.op_type]) if node.op_type in words else None
 
 

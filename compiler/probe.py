@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 
+import numpy as np
+import onnx_ir as ir
 import onnxruntime as ort
 
 from dsopt.compiler.chains import Body, Chain, body_chain, linear_chain
@@ -20,7 +22,7 @@ from dsopt.compiler.targets import Target, find_target
 from dsopt.runtime.devices import missing_provider
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.files import cache_dir, write_atomically
-from dsopt.runtime.session import Session
+from dsopt.runtime.session import Session, default_threads, session_options
 
 _PASSING = ("CUDA failure", "CUBLAS failure", "CUDNN failure", "out of memory", "Failed to allocate")  # a busy card
 _SIZE = 128  # N = K of the layers tried
@@ -48,6 +50,24 @@ def probed(name: str) -> Target:
             raise DsoptError(f"{target.provider}: asking for its kernels failed ({last or 'none found'})") from None
         write_atomically(path, done.stdout)
         return _with_linears(target, done.stdout)
+
+
+@cache
+def adds_in_16_bits() -> bool:
+    """Whether this processor's products of unsigned and signed bytes overflow where they are added in pairs.
+
+    AVX2 adds two of them in 16 bits (vpmaddubsw), with saturation; VNNI and others in 32.
+    """
+    rows = ir.Value(name="rows", shape=ir.Shape([4, _SIZE]), type=ir.TensorType(ir.DataType.UINT8))
+    weights = ir.Value(name="weights", const_value=ir.tensor(np.full((_SIZE, _SIZE), 127, np.int8)))
+    node = ir.node("MatMulInteger", [rows, weights])
+    node.outputs[0].name = "sums"
+    graph = ir.Graph([rows], node.outputs, nodes=[node], initializers=[weights], opset_imports={"": 21}, name="sums")
+    Session.share_pool(default_threads())
+    data = ir.to_proto(ir.Model(graph, ir_version=10)).SerializeToString()
+    session = ort.InferenceSession(data, session_options(), providers=["CPUExecutionProvider"])
+    (sums,) = session.run(None, {"rows": np.full((4, _SIZE), 255, np.uint8)})
+    return bool(np.any(sums != 255 * 127 * _SIZE))
 
 
 def _with_linears(target: Target, data: bytes) -> Target:

@@ -153,11 +153,17 @@ def _safe_inverse(scale: Tensor) -> Tensor:
     return torch.where(scale.abs() < 1e-37, torch.zeros_like(scale), 1 / scale)
 
 
-def quantize_columns(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Per output channel: rows x [N, K] -> codes int8 [N, K] in [-127, 127] and scales float32 [N]."""
-    scales = x.abs().amax(1) / 127
-    codes = (x * _safe_inverse(scales).unsqueeze(1)).round().clamp(-127, 127)
+def quantize_columns(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
+    """Per output channel: rows x [N, K] -> codes int8 [N, K], of 8 bits in [-127, 127], and scales float32 [N]."""
+    scales = column_scales(x, bits)
+    top = 2 ** (bits - 1) - 1
+    codes = (x * _safe_inverse(scales).unsqueeze(1)).round().clamp(-top, top)
     return codes.to(torch.int8), scales
+
+
+def column_scales(x: Tensor, bits: int) -> Tensor:
+    """Of rows x [N, K]: float32 [N], the largest magnitude of each at the largest code."""
+    return x.abs().amax(1) / (2 ** (bits - 1) - 1)
 
 
 def quantize_fp8(x: Tensor, block: int = 128) -> tuple[Tensor, Tensor]:

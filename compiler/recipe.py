@@ -8,7 +8,9 @@ The first word is the format of every linear layer; `ROLE=FORMAT` overrides it f
                     an integer zero point, and what it misses as weights of the inputs' block means
     w8a8            int8 weights per output channel, activations quantized on the fly: DynamicQuantizeMatMul. The head
                     stays int8 unless said: one activation scale for all rows would make logits depend on their number
-    w8a8-token      the same with a scale for each token, for inputs whose rows differ: of o and down
+    w7a8            the same with 7 bits: for processors without VNNI, which are faster at signed weights but add two
+                    products in 16 bits, where 8 bits may overflow. GPTQ makes up for most of the bit
+    w8a8-token      w8a8 with a scale for each token, for inputs whose rows differ: of o and down; and w7a8-token
     fp8             float8 (e4m3) with a scale per 128 inputs: MatMulBlockQuantizedFp8Weight, on CUDA only
 
 with `-b16 ... -b256` for the block size (32 unless said). Roles are q k v o gate up down head embed and the groups
@@ -28,18 +30,20 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "none": (),
     "w8a8": ("w8a8", 8),
     "w8a8-token": ("w8a8", 8, 0, False, False, True),
+    "w7a8": ("w8a8", 7),
+    "w7a8-token": ("w8a8", 7, 0, False, False, True),
     "fp8": ("fp8", 8, 128),
 }
 CACHES = ("float", "int8", "fp8")
 DTYPES = ("fp32", "fp16", "bf16")
-_FORMAT = re.compile(r"(none|w8a8-token|w8a8|fp8|int4|int8)(-zp|-min)?(?:-b(16|32|64|128|256))?")
+_FORMAT = re.compile(r"(none|w[78]a8-token|w[78]a8|fp8|int4|int8)(-zp|-min)?(?:-b(16|32|64|128|256))?")
 
 
 @dataclass(frozen=True)
 class Format:
     """How the weight of one linear layer is stored and multiplied."""
 
-    kernel: str = "none"  # none | nbits | w8a8 | fp8
+    kernel: str = "none"  # none | nbits | w8a8 (with 8 or 7 bits) | fp8
     bits: int = 32
     block: int = 0
     zero_points: bool = False
@@ -51,7 +55,7 @@ class Format:
         match = _FORMAT.fullmatch(text)
         if match is None:
             raise UsageError(
-                f"--quant: {text!r} is no format; none, int4, int8, w8a8, fp8, with -zp and -b32 and the like"
+                f"--quant: {text!r} is no format; none, int4, int8, w8a8, w7a8, fp8, with -zp and -b32 and the like"
             )
         kind, zero_points, block = match.groups()
         if kind in _PLAIN:
@@ -80,8 +84,10 @@ class Format:
         return blocks + (-(-blocks // self.block) if self.minima else 0)
 
     def __str__(self) -> str:
+        if self.kernel == "w8a8":
+            return f"w{self.bits}a8" + "-token" * self.per_token
         if self.kernel != "nbits":
-            return self.kernel + "-token" * self.per_token
+            return self.kernel
         offset = "-min" if self.minima else "-zp" * self.zero_points
         return f"int{self.bits}{offset}{'' if self.block == 32 else f'-b{self.block}'}"
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import torch
+from torch import Tensor as Array
 
 from dsopt.compiler.checkpoint import Tensor
 
@@ -23,6 +25,16 @@ def rotation(size: int) -> np.ndarray:
         block = np.block([[block, block], [block, -block]])
     signs = np.random.default_rng(0).choice([-1.0, 1.0], (size, 1))  # values have a mean: plain sums would gather it
     return (signs * np.kron(np.eye(size // len(block)), block) / len(block) ** 0.5).astype(np.float32)
+
+
+def rotated_columns(x: Array, head: int) -> Array:
+    """Each `head` columns of [.., K] in the basis `rotation(head)`."""
+    return (x.unflatten(-1, (-1, head)) @ torch.from_numpy(rotation(head))).flatten(-2)
+
+
+def rotated_gram(gram: Array, head: int) -> Array:
+    """E[x x^T], [K, K], of inputs whose columns are rotated."""
+    return rotated_columns(rotated_columns(gram, head).T, head)
 
 
 @dataclass(frozen=True)

@@ -223,14 +223,14 @@ def search(
     """
     rounds: list[Round] = []
     for _ in range(ROUNDS):
-        made = solve(sites, found, _budget(rounds, goal.loss), goal.size)
-        if made is None and not rounds:
-            # Estimates may be too high: try the least loss that fits the size, and let the measurement decide.
-            made = _gentlest(sites, found, goal)
-        if made is None or any(made.choices == before.assignment.choices for before in rounds):
+        # Where nothing fits, estimates may be too high: try the least loss that fits the size, and let the measurement
+        # decide.
+        budget = _budget(rounds, goal.loss)
+        made = solve(sites, found, budget, goal.size) or _gentlest(sites, found, goal, budget)
+        if any(made.choices == before.assignment.choices for before in rounds):
             break
         rounds.append(Round(made, measure(made)))
-        if 0.9 * goal.loss <= rounds[-1].measured <= goal.loss:
+        if 0.85 * goal.loss <= rounds[-1].measured <= goal.loss:
             break
     fitting = [r for r in rounds if r.measured <= goal.loss]
     return min(fitting, key=lambda r: r.assignment.seconds, default=None), rounds
@@ -256,8 +256,8 @@ def _budget(rounds: Sequence[Round], loss: float) -> float:
     return aim * estimated / measured
 
 
-def _gentlest(sites: Sequence[Site], found: Sequence[Sequence[Option]], goal: Goal) -> Assignment:
-    budget = goal.loss
+def _gentlest(sites: Sequence[Site], found: Sequence[Sequence[Option]], goal: Goal, budget: float) -> Assignment:
+    """Of more expected loss than `budget`, as little more as can be."""
     for _ in range(20):
         budget *= 1.6
         made = solve(sites, found, budget, goal.size)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.kernel_table import KernelTable
-from dsopt.compiler.probe import probed
+from dsopt.compiler.probe import adds_in_16_bits, probed
 from dsopt.compiler.sites import CPU, Arithmetic
 from dsopt.runtime.devices import cpu_lacks, missing_provider
 from dsopt.runtime.errors import DsoptError
@@ -32,6 +32,8 @@ class Setting:
             arithmetic, device = _without_device(arithmetic, checkpoint, dtype, missing, table), "cpu"
         if table is not None:
             arithmetic = _timed(arithmetic, table, target, dtype)
+        elif not adds_in_16_bits():
+            arithmetic = dataclasses.replace(arithmetic, formats=tuple(f for f in arithmetic.formats if f.bits != 7))
         return cls(target, dtype, arithmetic, device, table)
 
 

@@ -6,7 +6,7 @@ of a smoothing and whether the context of attention is rotated.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -15,8 +15,8 @@ from torch.func import functional_call
 
 from dsopt.compiler.calibrate import InputStatistics, Statistics
 from dsopt.compiler.checkpoint import Checkpoint
-from dsopt.compiler.gptq import Feedback, error_feedback, round_weights
-from dsopt.compiler.passes.quantize_linears import GPTQ_ROWS, is_exact
+from dsopt.compiler.gptq import Feedback, error_feedback, round_columns, round_weights
+from dsopt.compiler.passes.quantize_linears import GPTQ_COLUMNS, GPTQ_ROWS, is_exact
 from dsopt.compiler.quantizers import (
     Blocks,
     for_row_chunks,
@@ -26,9 +26,9 @@ from dsopt.compiler.quantizers import (
     quantize_minima,
 )
 from dsopt.compiler.recipe import HEAD, Format
-from dsopt.compiler.rotation import rotation
+from dsopt.compiler.rotation import rotated_columns, rotated_gram
 from dsopt.compiler.sensitivity import Observed
-from dsopt.compiler.smoothing import column_maxima, repeat_channels, shared_channels, smoothing_scales
+from dsopt.compiler.smoothing import column_maxima, repeat_channels, shared_channels, smoothed_gram, smoothing_scales
 from dsopt.compiler.stream import BlockStream
 from dsopt.compiler.targets import Target
 from dsopt.runtime.errors import DsoptError
@@ -36,14 +36,15 @@ from dsopt.runtime.session import PREFILL_CHUNK
 
 FORMATS = tuple(
     Format.parse(text)
-    for text in ("w8a8", "w8a8-token", "int8", "int8-b64", "int8-b128", "int4-min", "int4-zp", "int4-zp-b64")
-)
+    for text in ("w8a8", "w8a8-token", "w7a8", "w7a8-token", "int8", "int8-b64", "int8-b128", "int4-min", "int4-zp",
+                 "int4-zp-b64")
+)  # fmt: skip
 # Of a target whose kernels leave activations as they are, where its table has them.
 WEIGHT_ONLY = tuple(
     Format.parse(text)
     for text in ("none", "fp8", "int8", "int8-b128", "int4", "int4-b64", "int4-b128", "int4-zp", "int4-zp-b128")
 )
-ALPHAS = {"w8a8": (0.5, 0.65, 0.8), "w8a8-token": (0.65,)}  # where rows have scales of their own, channels need less
+ALPHAS = {False: (0.5, 0.65, 0.8), True: (0.65,)}  # where rows have scales of their own, channels need less
 _UNLIKE = ("o_proj", "down_proj")  # what reads rows that no norm has made alike
 _GROUPS = {"q_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",), "gate_proj": ("gate_proj", "up_proj"),
            "down_proj": ("down_proj",)}  # fmt: skip
@@ -140,7 +141,8 @@ class Pricer:
         for form in offered_formats(k, self.arithmetic):
             if form.kernel == "w8a8":
                 if first in _UNLIKE or not form.per_token:
-                    self._price_smoothed(site, linears, inputs, form, self._heads(layer, seen))
+                    add_prices = self._price_smoothed if form.bits == 8 else self._price_fed_back
+                    add_prices(site, linears, inputs, form, self._heads(layer, seen))
             else:
                 exact = [self._is_exact(module, form) for module in modules]
                 weights = _rounded(linears, exact, form, feedback, self.arithmetic.floats)
@@ -177,7 +179,7 @@ class Pricer:
         head = site.k // heads[0] if heads else None
         if heads:
             absmax, maxima = shared_channels(absmax, *heads), shared_channels(maxima, *heads)
-        for alpha in (None, *ALPHAS[str(form)]):
+        for alpha in (None, *ALPHAS[form.per_token]):
             scales = torch.ones_like(maxima) if alpha is None else smoothing_scales(absmax, maxima, alpha)
             if alpha is not None:
                 site.scales[alpha] = scales
@@ -186,6 +188,33 @@ class Pricer:
             if head:
                 price = _dynamic(linears, whole, per_token=form.per_token, head=head)
                 site.prices[Choice(form, alpha, rotated=True)] = price
+
+    def _price_fed_back(
+        self,
+        site: Site,
+        linears: list[Observed],
+        inputs: InputStatistics,
+        form: Format,
+        heads: tuple[int, int] | None,
+    ) -> None:
+        """With fewer bits than 8 weights are rounded by GPTQ, which takes time: in the way that was best with 8."""
+        known = {choice: price for choice, price in site.prices.items() if choice.format == replace(form, bits=8)}
+        best = replace(min(known, key=known.__getitem__), format=form) if known else Choice(form)
+        scales = torch.ones(site.k) if best.alpha is None else site.scales[best.alpha]
+        whole = repeat_channels(scales, *heads) if heads and len(scales) < site.k else scales
+        smoothed = smoothed_gram(inputs.gram, whole)
+        for rotated in {best.rotated, False}:  # a rotation may be dropped, where the codes of values are a file's
+            head = site.k // heads[0] if heads and rotated else None
+            gram = smoothed if head is None else rotated_gram(smoothed, head)
+            price = _dynamic(
+                linears,
+                whole,
+                per_token=form.per_token,
+                head=head,
+                bits=form.bits,
+                by=error_feedback(gram, GPTQ_COLUMNS),
+            )
+            site.prices[replace(best, rotated=rotated)] = price
 
 
 def offered_formats(k: int, arithmetic: Arithmetic = CPU) -> list[Format]:
@@ -255,10 +284,19 @@ def quantize_activations(x: Tensor, block: int) -> Tensor:
     return ((blocks / scales).round() * scales).flatten(1)
 
 
-def _dynamic(linears: list[Observed], scales: Tensor, *, per_token: bool, head: int | None = None) -> float:
+def _dynamic(
+    linears: list[Observed],
+    scales: Tensor,
+    *,
+    per_token: bool,
+    head: int | None = None,
+    bits: int = 8,
+    by: Feedback | None = None,
+) -> float:
     """The price of DynamicQuantizeMatMul on x / scales: uint8 with one scale and zero point for a chunk of rows.
 
     `per_token`: each row was divided by its largest value before. `head`: so many channels each are rotated before.
+    `by`: what GPTQ rounds the weights by.
     """
     x, parts = _in_basis(linears[0].x / scales, head), []
     largest = x.abs().amax(1, keepdim=True).clamp_min(1e-20) if per_token else torch.ones(len(x), 1)
@@ -270,14 +308,15 @@ def _dynamic(linears: list[Observed], scales: Tensor, *, per_token: bool, head: 
     x = torch.cat(parts) * largest
     price = 0.0
     for linear in linears:
-        codes, steps = quantize_columns(_in_basis(linear.w * scales, head))
+        w = _in_basis(linear.w * scales, head)
+        codes, steps = round_columns(w, by, bits) if by else quantize_columns(w, bits)
         price += linear.cost(x @ (codes.float() * steps[:, None]).T)
     return price
 
 
 def _in_basis(x: Tensor, head: int | None) -> Tensor:
     """Columns [.., K] as `rotation.Rotated` has them."""
-    return x if head is None else (x.unflatten(1, (-1, head)) @ torch.from_numpy(rotation(head))).flatten(1)
+    return x if head is None else rotated_columns(x, head)
 
 
 def _rounded(

@@ -57,6 +57,11 @@ def smoothing_scales(absmax: Array, weights: Array, alpha: float) -> Array:
     return scales / scales.log().mean().exp()  # the overall size is free: keep it, that nothing over- or underflows
 
 
+def smoothed_gram(gram: Array, scales: Array) -> Array:
+    """E[x x^T], [K, K], of inputs that are divided by `scales` [K]."""
+    return gram / scales / scales[:, None]
+
+
 def shared_channels(x: Array, heads: int, kv_heads: int) -> Array:
     """[heads * d] -> [kv_heads * d]: the largest of the heads that share a key-value head."""
     return x.reshape(kv_heads, heads // kv_heads, -1).amax(1).flatten()

@@ -79,7 +79,7 @@ TARGETS = {
             "cpu",
             "CPUExecutionProvider",
             "cpu",
-            {"fp32": ("none", "w8a8", "w8a8-token", *_NBITS)},
+            {"fp32": ("none", "w8a8", "w8a8-token", "w7a8", "w7a8-token", *_NBITS)},
             _operators("fp32") | dict.fromkeys(_CPU_OPERATORS, ("fp32",)),
             largest_head=1 << 16,
             caches=("float", "int8"),

@@ -33,6 +33,7 @@ class DraftCost:
 
     def __init__(self, curve: DraftCurve | None) -> None:
         self._curve, self._reading = curve, 1.0
+        self._by_curve: dict[int, float] = {}  # seconds of reading: the same few counts are asked for at every token
         self._known = dict(zip(curve.counts, curve.draft_seconds, strict=True)) if curve else {}
         self._estimates = np.zeros(MOST + 1)
         if self._known:
@@ -62,7 +63,11 @@ class DraftCost:
         self._estimates = np.concatenate([inside, slope * np.arange(most + 1, MOST + 1)])
 
     def of_reading(self, count: int) -> float:
-        return self._curve.reading(count) * self._reading if self._curve else 0.0
+        if self._curve is None:
+            return 0.0
+        if count not in self._by_curve:
+            self._by_curve[count] = self._curve.reading(count)
+        return self._by_curve[count] * self._reading
 
     def observe_reading(self, count: int, seconds: float) -> None:
         assert self._curve is not None

@@ -17,10 +17,9 @@ from dsopt.runtime.drafters.experience import Experience
 from dsopt.runtime.session import PREFILL_CHUNK
 
 _MARGIN = 1.02  # how much better than plain decoding a draft must promise to be
-_LOSS = 0.015  # share of the time that speculation may have lost, and plain steps that it may lose on top,
+_LOSS = 0.02  # share of the time that speculation may have lost, and plain steps that it may lose on top,
 _GRANT, _FREE_GRANT = 2.0, 0.6  # fewer where drafts are free: what copies the text learns without trying
-_READER_LOSS = 0.02  # share of the time, of a drafter that reads; the loop's own overhead is not in the account
-_BESIDE_LOSS = 0.01  # beside one that copies, which has its own share
+_SHARED_LOSS = 0.01  # share of each, where one that copies and one that reads draft
 _ODDS = 1.5  # what a start on experience must promise for each second that it stakes
 _DOUBT = 4.0  # how much more must have been saved up to start a drafter that gained nothing before
 BEGINNING = 512  # tokens that a drafter begins with, at most: it goes by what stands near
@@ -36,7 +35,7 @@ _NEAR = 8  # unread tokens that a draft reads itself: what a round accepts, as i
 @dataclass(frozen=True, slots=True)
 class Round:
     """What a round was: tokens in the cache before it; drafted tokens asked for, verified, accepted; tokens given;
-    seconds of drafting and of verifying."""
+    seconds of drafting, of verifying, and of bookkeeping that plain decoding has not."""
 
     depth: int
     asked: int
@@ -45,6 +44,7 @@ class Round:
     emitted: int
     drafting: float
     verifying: float
+    aside: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ class Scheduler:
 
     def __init__(self, curve: VerifyCurve, widths: tuple[int, ...] = (), reader: Reader | None = None) -> None:
         self._curve, self._widths, self.reader = curve, widths, reader
+        self._share = _SHARED_LOSS if reader and reader.beside else _LOSS
         self._lines: dict[int, tuple[float, float]] = {}  # of the curve, by width
         self._pace = Pace()
         self._cost = DraftCost(reader.curve if reader else None)
@@ -92,7 +93,7 @@ class Scheduler:
         self._lost_free = 0.0  # by drafts that cost nothing but their verification
         self._stake: float | None = None  # seconds that may be lost on top, once that is decided
         self._reading, self._begun, self._unread = False, False, _NEAR + 1
-        self._started = self._gained = self._paid = 0.0  # plain steps: since it had read; won of them; for reading
+        self._started = self._gained = self._paid = 0.0  # plain steps: since it had read; won; paid for all else
 
     def plain_seconds(self, depth: int) -> float:
         """What one token of plain decoding takes, now."""
@@ -160,20 +161,22 @@ class Scheduler:
         Of a drafter with a part that copies the text, all but that.
         """
         room = min(room, MOST)
-        step = self._seconds(0, depth)
         if room < 1 or (self.reader is not None and self._unread > _NEAR):
             return 0
+        step, left = self._seconds(0, depth), self._grant(depth) - self._lost
         if self.reader is None and self._cost.of(room) < _FREE * step:
             return self.ask_free(depth, room)
+        if self._cost.of(1) + self._seconds(1, depth) - step > left:
+            return 0  # not even one, as in most rounds of a drafter that loses: so asked first
         rates, risks = self._prospects(depth, room)
-        borne = risks <= self._grant(depth) - self._lost
+        borne = risks <= left
         return int(np.argmax(np.where(borne, rates, 0))) + 1 if borne.any() else 0
 
     def ask_free(self, depth: int, room: int) -> int:
         """As `ask`, of drafts that cost nothing."""
         room = min(room, MOST)
         most = room if self._cost.is_known else min(room, _FIRST)
-        borne = self._lost_free < _FREE_GRANT * self._seconds(0, depth) + _LOSS * self._elapsed
+        borne = self._lost_free < _FREE_GRANT * self._seconds(0, depth) + self._share * self._elapsed
         return most if borne else 0
 
     def cut(self, draft: Draft, depth: int, drafting: float, *, anticipate: bool) -> int:
@@ -206,7 +209,11 @@ class Scheduler:
         if done.asked and not (free and self.reader):
             self._cost.observe(done.asked, done.drafting)
         verifying = min(done.verifying, 2 * expected)  # a hiccup of the machine is no loss
-        self._elapsed += done.drafting + verifying
+        self._elapsed += done.drafting + verifying + done.aside
+        self._lost += done.aside
+        if self.reader is None:  # else that one bears it
+            self._lost_free += done.aside
+        self._paid += done.aside / step
         won = done.emitted - (done.drafting + verifying) / step if done.asked else 0.0
         if free and done.verified:
             self._lost_free = max(self._lost_free - won * step, -_WON * step)
@@ -262,9 +269,8 @@ class Scheduler:
     def _grant(self, depth: int) -> float:
         """Seconds that may have been lost by now."""
         if self.reader is None:
-            return _GRANT * self._seconds(0, depth) + _LOSS * self._elapsed
-        share = _BESIDE_LOSS if self.reader.beside else _READER_LOSS
-        return (self._stake or 0.0) + share * self._elapsed
+            return _GRANT * self._seconds(0, depth) + self._share * self._elapsed
+        return (self._stake or 0.0) + self._share * self._elapsed
 
     def _pay(self, seconds: float, depth: int) -> None:
         self._lost += seconds

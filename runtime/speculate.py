@@ -96,6 +96,8 @@ class _Loop:
         self._greedy = sampler.options.temperature == 0
         self._candidates = candidates_for(binding, sampler, top, least=2)  # the second tells a near tie
         self._mark = 0.0
+        self._aside = 0.0  # seconds of bookkeeping since the last round was judged
+        self._mixed = False  # the cache has rows of runs that were wider than plain decoding's
 
     def read_prompt(self, cancelled: Callable[[], bool], limit: int) -> Row | None:
         """Bring cache and drafter to the prompt's end; its logits, None when cancelled."""
@@ -130,7 +132,9 @@ class _Loop:
         self._mark = time.perf_counter()
         depth, anchor = self._cache.length, self.history[-1]
         draft, asked, drafting = self._draft(anchor, left)
-        self._tally.overhead_seconds += self._lap()
+        plain = self._scheduler.plain_seconds(depth)
+        self._mixed = self._mixed or bool(draft.tokens)
+        self._spend()
         rows, first = self._run([anchor, *draft.tokens])
         verifying = self._lap()
         self._tally.verify_seconds += verifying
@@ -139,7 +143,7 @@ class _Loop:
         for position, logits in enumerate(rows[first : first + len(draft.tokens) + 1]):
             token = self._choose(logits, draft, position)
             from_draft = position < len(draft.tokens) and token == draft.tokens[position]
-            step = self._emit(token, logits, from_draft, position, depth)
+            step = self._emit(token, logits, from_draft, position, plain)
             emitted += 1
             yield step
             self._mark = time.perf_counter()
@@ -149,8 +153,10 @@ class _Loop:
             if not from_draft or token in self._end:
                 break
         drafting += self._accept([anchor, *draft.tokens[:accepted]], first)
-        self._scheduler.observe(Round(depth, asked, len(draft.tokens), accepted, emitted, drafting, verifying))
-        self._tally.overhead_seconds += self._lap()
+        done = Round(depth, asked, len(draft.tokens), accepted, emitted, drafting, verifying, self._aside)
+        self._aside = 0.0
+        self._scheduler.observe(done)
+        self._spend()
         return emitted
 
     def _draft(self, anchor: int, left: int) -> tuple[Draft, int, float]:
@@ -164,7 +170,7 @@ class _Loop:
         if not asked and not copied:
             self._tally.paused_rounds += self._drafter is not None and room > 0
             return Draft(), 0, 0.0
-        self._tally.overhead_seconds += self._lap()
+        self._spend()
         draft, asked = self._propose(anchor, asked, copied)
         seconds = self._lap()
         self._tally.draft_seconds += seconds
@@ -186,7 +192,7 @@ class _Loop:
             if left_out and reader.taps:  # hidden states take room, tokens do not
                 reader.leave_out(left_out)
             return
-        self._tally.overhead_seconds += self._lap()
+        self._spend()
         if left_out:
             reader.leave_out(left_out)
         reader.read(count)
@@ -235,16 +241,18 @@ class _Loop:
         drafted, drawn_from = draft.tokens[position], draft.distributions[position]
         return accept_or_replace(self._sampler, logits, self.history, drafted, drawn_from)
 
-    def _emit(self, token: int, logits: Row, from_draft: bool, position: int, depth: int) -> Step:
+    def _emit(self, token: int, logits: Row, from_draft: bool, position: int, plain: float) -> Step:
+        """`plain`: seconds that plain decoding takes for a token."""
         tally = self._tally
-        if self._greedy and not self._widths and self._sampler.margin(logits, self.history) < NEAR_TIE:
+        watched = self._mixed and self._greedy and not self._widths
+        if watched and self._sampler.margin(logits, self.history) < NEAR_TIE:
             tally.near_ties += 1
         if from_draft:
             tally.accept(position)
         self.history.append(token)
         step = make_step(token, logits, self._top, from_draft=from_draft)
         tally.emitted += 1
-        tally.plain_seconds += self._scheduler.plain_seconds(depth)
+        tally.plain_seconds += plain
         tally.overhead_seconds += self._lap()
         return step
 
@@ -252,12 +260,18 @@ class _Loop:
         """Tell the drafter what was kept; returns the seconds it took."""
         if self._drafter is None:
             return 0.0
-        self._tally.overhead_seconds += self._lap()
+        self._spend()
         hidden = self._binding.hidden if self._drafter.taps else None  # a copy
         self._drafter.accept(tokens, None if hidden is None else hidden[first : first + len(tokens)])
         seconds = self._lap()
         self._tally.draft_seconds += seconds
         return seconds
+
+    def _spend(self) -> None:
+        """Since the last lap the loop did what plain decoding has no need of."""
+        seconds = self._lap()
+        self._aside += seconds
+        self._tally.overhead_seconds += seconds
 
     def _lap(self) -> float:
         """Seconds since the last lap."""

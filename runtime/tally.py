@@ -17,7 +17,7 @@ class Tally:
     emitted: int = 0  # tokens of all rounds
     proposed: int = 0  # tokens verified
     accepted: int = 0
-    near_ties: int = 0  # greedy tokens whose lead was so small that another width could have chosen differently
+    near_ties: int = 0  # greedy tokens, from the first draft on, with a lead so small that another width might flip it
     reached: list[int] = field(default_factory=list)
     passed: list[int] = field(default_factory=list)
     starts: int = 0  # answers in which a drafter that must read has drafted

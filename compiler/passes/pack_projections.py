@@ -16,11 +16,11 @@ import onnx_ir as ir
 from dsopt.compiler.roles import GATES, HEAD_NORM
 from dsopt.compiler.weights import initializer, lazy
 
-# The axis of each weight input that runs over output channels.
+# The axis of each weight input that runs over output channels; None: all layers have the same.
 _OUTPUT_AXIS = {
     "FusedMatMul": (0,),
     "MatMulNBits": (0, 0, 0),
-    "DynamicQuantizeMatMul": (1, 0),
+    "DynamicQuantizeMatMul": (1, 0, None),
     "MatMulBlockQuantizedFp8Weight": (0, 0),
 }
 
@@ -94,7 +94,9 @@ def _outputs(node: ir.Node) -> int:
     weight = node.inputs[1]
     assert weight is not None
     assert weight.shape is not None
-    return int(weight.shape[_OUTPUT_AXIS[node.op_type][0]])  # type: ignore[arg-type]
+    axis = _OUTPUT_AXIS[node.op_type][0]
+    assert axis is not None
+    return int(weight.shape[axis])  # type: ignore[arg-type]
 
 
 def _can_pack(nodes: list[ir.Node | None]) -> bool:
@@ -129,16 +131,19 @@ def _pack(graph: ir.Graph, projections: list[ir.Node | None], name: str) -> ir.V
     return packed.outputs[0]
 
 
-def _concatenate(graph: ir.Graph, values: list[ir.Value | None], axis: int, path: str) -> ir.Value:
+def _concatenate(graph: ir.Graph, values: list[ir.Value | None], axis: int | None, path: str) -> ir.Value:
     tensors = [value.const_value for value in values if value is not None and value.const_value is not None]
     assert len(tensors) == len(values)
+    part = (tensors[0].name or "").partition(".weight")[2]
+    if axis is None:
+        shape = tensors[0].shape.numpy()
+        return initializer(graph, lazy(f"{path}.weight{part}", shape, tensors[0].dtype, tensors[0].numpy))
     shape = list(tensors[0].shape.numpy())
     shape[axis] = sum(tensor.shape.numpy()[axis] for tensor in tensors)
 
     def make() -> np.ndarray:
         return np.concatenate([tensor.numpy() for tensor in tensors], axis)
 
-    part = (tensors[0].name or "").partition(".weight")[2]
     return initializer(graph, lazy(f"{path}.weight{part}", shape, tensors[0].dtype, make))
 
 

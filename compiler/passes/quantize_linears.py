@@ -14,7 +14,7 @@ from dsopt.compiler.checkpoint import Tensor
 from dsopt.compiler.fp8 import Fp8Tensor
 from dsopt.compiler.gguf import GgufTensor
 from dsopt.compiler.gguf_blocks import counterpart, repack
-from dsopt.compiler.gptq import Feedback, error_feedback, round_weights
+from dsopt.compiler.gptq import Feedback, error_feedback, round_columns, round_weights
 from dsopt.compiler.kernels import linear_node, weight_parts, with_block_means
 from dsopt.compiler.quantizers import (
     Blocks,
@@ -27,10 +27,12 @@ from dsopt.compiler.quantizers import (
 )
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import Linear, find_linears
-from dsopt.compiler.smoothing import Scaled
+from dsopt.compiler.rotation import Rotated, rotated_gram
+from dsopt.compiler.smoothing import Scaled, smoothed_gram
 from dsopt.compiler.weights import Shared, Weight, initializer, lazy
 from dsopt.runtime.errors import DsoptError
 
+GPTQ_COLUMNS = 32  # channels of a block whose order is kept, where weights have no blocks
 GPTQ_ROWS = 4096  # rounded together: so many hide the loop over channels; threads with fewer wait for each other
 
 Evidence = Callable[[str], InputStatistics]
@@ -74,12 +76,15 @@ class QuantizeLinears(ir.passes.InPlacePass):
 
     def _weights(self, graph: ir.Graph, linear: Linear, form: Format) -> list[ir.Value]:
         if form.kernel == "nbits":
-            name, evidence = module_name(linear), self.evidence
-            return block_initializers(graph, linear.weight, form, (lambda: evidence(name)) if evidence else None)
+            seen = partial(self.evidence, module_name(linear)) if self.evidence else None
+            return block_initializers(graph, linear.weight, form, seen)
         n, k = linear.size
         source = _weight(linear.weight)
-        make = _fp8_codes if form.kernel == "fp8" else _column_codes
-        shared = Shared(lambda: make(source, n, k))
+        if form.kernel == "fp8":
+            shared = Shared(lambda: _fp8_codes(source, n, k))
+        else:
+            seen = partial(self.evidence, module_name(linear)) if self.evidence else None
+            shared = Shared(lambda: _column_codes(source, n, k, form, seen))
         return _lazy_parts(graph, str(linear.weight.name), form, (n, k), shared)
 
 
@@ -195,15 +200,34 @@ def _with_rest(made: Blocks, form: Format) -> Blocks:
     return Blocks(*(torch.cat(pair, 1) for pair in pairs))
 
 
-def _column_codes(weight: Weight, n: int, k: int) -> dict[str, np.ndarray]:
-    codes, scales = np.empty((k, n), np.int8), np.empty(n, np.float32)
+def _column_codes(
+    weight: Weight, n: int, k: int, form: Format, evidence: Callable[[], InputStatistics] | None
+) -> dict[str, np.ndarray]:
+    """With 8 bits codes are unsigned."""
+    zero = 128 if form.bits == 8 else 0
+    codes, scales = np.empty((k, n), np.uint8 if zero else np.int8), np.empty(n, np.float32)
+    feedback = None
+    if evidence is not None and form.bits < 8:
+        feedback = error_feedback(_in_basis_of(weight.tensor, evidence().gram), GPTQ_COLUMNS)
 
     def work(start: int, stop: int) -> None:
-        rows, scale = quantize_columns(torch.from_numpy(weight.read(start, stop)))
-        codes[:, start:stop], scales[start:stop] = rows.numpy().T, scale.numpy()
+        rows = torch.from_numpy(weight.read(start, stop))
+        made, scale = round_columns(rows, feedback, form.bits) if feedback else quantize_columns(rows, form.bits)
+        codes[:, start:stop], scales[start:stop] = made.numpy().T.astype(np.int16) + zero, scale.numpy()
 
-    for_row_chunks(n, k, work)
-    return {"codes": codes, "scales": scales}
+    for_row_chunks(n, k, work, GPTQ_ROWS if feedback else None)
+    return {"codes": codes, "scales": scales, **({"zeros": np.array(zero, np.uint8)} if zero else {})}
+
+
+def _in_basis_of(tensor: Tensor, gram: torch.Tensor) -> torch.Tensor:
+    """The Gram matrix of the inputs that a weight is multiplied with, once they are smoothed and rotated as it is."""
+    if isinstance(tensor, Scaled):
+        gram = _in_basis_of(tensor.source, gram)
+        return gram if tensor.columns is None else smoothed_gram(gram, torch.from_numpy(tensor.columns))
+    if isinstance(tensor, Rotated):
+        gram = _in_basis_of(tensor.source, gram)
+        return rotated_gram(gram, tensor.head) if tensor.axis == 1 else gram
+    return gram
 
 
 def _fp8_codes(weight: Weight, n: int, k: int) -> dict[str, np.ndarray]:

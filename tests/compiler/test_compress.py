@@ -19,7 +19,7 @@ from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.outcome import preview
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.reference import Reference
-from dsopt.compiler.search import Goal, solve
+from dsopt.compiler.search import Assignment, Goal, solve
 from dsopt.compiler.study import Study, study
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.errors import DsoptError
@@ -27,7 +27,8 @@ from dsopt.runtime.quality import Comparison, session_scorer
 from dsopt.runtime.session import Session
 
 TEXT = np.random.default_rng(0).integers(0, 256, (16, 32))
-SPEEDS = {"w8a8": 1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3, "int8-b64": 3.9, "int8": 4}
+SPEEDS = {"w7a8": 0.8, "w8a8": 1, "w7a8-token": 1.1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3,
+          "int8-b64": 3.9, "int8": 4}  # fmt: skip
 
 
 def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Sequence[Format], **_: Any) -> KernelTable:
@@ -107,6 +108,9 @@ def test_prices_tell_more_bits_from_fewer(studied: Callable[..., tuple[Checkpoin
             assert {f"w8a8 smoothed {alpha:g}" for alpha in site.scales} < set(prices)
             assert any(choice.rotated for choice in site.prices) == site.name.endswith("o_proj")
             assert ("w8a8-token" in prices) == site.name.endswith(("o_proj", "down_proj"))
+            eight = min((choice for choice in site.prices if str(choice.format) == "w8a8"), key=site.prices.__getitem__)
+            seven = dataclasses.replace(eight, format=Format.parse("w7a8"))
+            assert 0.8 < site.prices[seven] / site.prices[eight] < 4
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -141,6 +145,27 @@ def test_values_are_rotated_unless_a_file_has_their_codes(
     monkeypatch.setattr(compressing, "is_exact", lambda tensor, form: ".0.self_attn.v_proj" in tensor.name)
     kept = compressing.rotated_sites(checkpoint, found.sites, assignment)
     assert kept == {"model.layers.1.self_attn.o_proj"}
+
+
+def test_seven_bits_are_rounded_as_they_were_priced(
+    studied: Callable[..., tuple[Checkpoint, Study]], tmp_path: Path
+) -> None:
+    """Smoothed, of o_proj rotated too, and by GPTQ in that basis."""
+    checkpoint, found = studied(Goal(0.05))
+    losses = []
+    for bits in (7, 8):
+        choices = {}
+        for site in found.sites:
+            fitting = {choice: price for choice, price in site.prices.items() if choice.format.bits == bits}
+            fitting = fitting or {choice: price for choice, price in site.prices.items() if choice.format.bits == 8}
+            choices[site.name] = min(fitting, key=fitting.__getitem__)
+        made = Assignment(choices, 0, 0, 0)
+        compressing._build(checkpoint, found, made, tmp_path / str(bits), "auto", studying.no_stage)
+        measured = divergence(checkpoint, tmp_path / str(bits))
+        losses.append(measured)
+        expected = sum(site.prices[choices[site.name]] for site in found.sites)
+        assert 0.4 < expected / measured < 2.5
+    assert losses[1] < losses[0] < 4 * losses[1]
 
 
 def test_a_looser_goal_is_faster(studied: Callable[..., tuple[Checkpoint, Study]]) -> None:

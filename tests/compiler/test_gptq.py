@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dsopt.compiler.gptq import Feedback, error_feedback, round_weights
-from dsopt.compiler.quantizers import Blocks, quantize_blocks, quantize_minima
+from dsopt.compiler.gptq import Feedback, error_feedback, round_columns, round_weights
+from dsopt.compiler.quantizers import Blocks, quantize_blocks, quantize_columns, quantize_minima
 from dsopt.compiler.recipe import Format
 
 FORMS = ["int4", "int4-zp", "int4-min", "int4-b16"]
@@ -45,6 +45,19 @@ def test_outputs_are_nearer_than_by_rounding_to_nearest(text: str) -> None:
         return float((x @ (values(rounded, 96) - w).T).square().sum())
 
     assert output_error(made) < 0.5 * output_error(nearest(w, form))
+
+
+@pytest.mark.parametrize("width", [96, 80])  # whole blocks of 32, and not
+@pytest.mark.parametrize("bits", [7, 8])
+def test_so_they_are_with_one_scale_a_row(bits: int, width: int) -> None:
+    x, w = correlated(512, width, 8), weights(48, width)
+    codes, scales = round_columns(w, error_feedback(x.T @ x / len(x), 32), bits)
+    plain, same = quantize_columns(w, bits)
+    assert codes.dtype == torch.int8
+    assert -(2 ** (bits - 1)) <= int(codes.min()) < int(codes.max()) < 2 ** (bits - 1)
+    torch.testing.assert_close(scales, same)
+    errors = [float((x @ (made * scales[:, None] - w).T).square().sum()) for made in (codes, plain)]
+    assert errors[0] < 0.6 * errors[1]
 
 
 @pytest.mark.parametrize("text", FORMS)

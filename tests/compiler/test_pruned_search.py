@@ -41,7 +41,8 @@ WORDS = (
     "knows the captain by name. In winter nothing moves for days; then people read what they have read before.\n"
 )
 OTHER = "Ελλάδα while (++counter < maximum) { values[counter] = function(pointer); } return self.__init__;\n"
-SPEEDS = {"w8a8": 1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3, "int8-b64": 3.9, "int8": 4}
+SPEEDS = {"w7a8": 0.8, "w8a8": 1, "w7a8-token": 1.1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3,
+          "int8-b64": 3.9, "int8": 4}  # fmt: skip
 
 
 def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Sequence[Format], **_: Any) -> KernelTable:

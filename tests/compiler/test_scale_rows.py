@@ -14,7 +14,7 @@ from dsopt.compiler.weights import initializer
 from dsopt.runtime.session import session_options
 
 RANDOM = np.random.default_rng(0)
-W = RANDOM.integers(-127, 128, (64, 48), np.int8)
+W = RANDOM.integers(-127, 128, (64, 48))
 SCALES = RANDOM.uniform(0.5, 1, 48).astype(np.float32) / 127
 
 
@@ -22,9 +22,8 @@ def multiply(form: str, x: np.ndarray) -> np.ndarray:
     """x [rows, 64] times the dequantized W [64, 48] by the format's kernel, as the pass leaves it."""
     source = ir.val("x", ir.DataType.FLOAT, ["rows", 64])
     graph = ir.Graph([source], [], nodes=[], opset_imports={"": 23, MICROSOFT: 1}, name="linear")
-    weights = [
-        initializer(graph, ir.tensor(array, name=name)) for name, array in (("w.codes", W), ("w.scales", SCALES))
-    ]
+    arrays = (W + 128).astype(np.uint8), SCALES, np.array(128, np.uint8)
+    weights = [initializer(graph, ir.tensor(array, name=f"w.{number}")) for number, array in enumerate(arrays)]
     node = linear_node(Format.parse(form), source, weights, 48, 64)
     node.name, node.outputs[0].name, node.outputs[0].type = "layer/it", "y", ir.TensorType(ir.DataType.FLOAT)
     graph.append(node)

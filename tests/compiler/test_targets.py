@@ -13,11 +13,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from dsopt.compiler.checkpoint import open_checkpoint
 from dsopt.compiler.passes.check_kernels import CheckKernels
 from dsopt.compiler.passes.lower_precision import FLOATS
 from dsopt.compiler.probe import probed
 from dsopt.compiler.quantizers import quantize_fp8
 from dsopt.compiler.recipe import Recipe
+from dsopt.compiler.setting import Setting
 from dsopt.compiler.targets import TARGETS
 from dsopt.runtime.errors import DsoptError, UsageError
 
@@ -161,3 +163,14 @@ def test_fp8_blocks_are_within_half_a_step() -> None:
     bound = torch.maximum(x.double().abs() / 16, wide * 2**-10) * 1.0001
     assert bool(((back - x.double()).abs() <= bound).all())
     assert float(codes.float().abs().max()) == 448
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_seven_bits_are_for_processors_that_add_in_sixteen(
+    adds: bool, tiny_llama_dir: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dsopt.compiler.setting.adds_in_16_bits", lambda: adds)
+    setting = Setting.open(open_checkpoint(str(tiny_llama_dir())), "cpu", None, None)
+    assert {"w8a8", "w8a8-token"} < (formats := set(map(str, setting.arithmetic.formats)))
+    assert ({"w7a8", "w7a8-token"} < formats) == adds
+    assert any("w7" in form for form in formats) == adds

@@ -82,6 +82,19 @@ def test_a_drafter_that_is_always_wrong_costs_three_percent_and_some_trials(pric
         assert spent <= 1.03 * steps * WIDE[0] + trials
 
 
+@pytest.mark.parametrize("aside", [0.005, 0.05])
+def test_bookkeeping_is_in_the_account(aside: float) -> None:
+    """What the loop spends beside the model and the drafter leaves that much less to try drafts with."""
+    scheduler, tried = Scheduler(curve(*WIDE)), 0.0
+    for depth in range(3000):
+        asked = scheduler.ask(depth, 4)
+        drafting = 0.3 * bool(asked)
+        verifying = WIDE[asked]
+        scheduler.observe(Round(depth, asked, asked, 0, 1, drafting, verifying, aside))
+        tried += drafting + verifying - WIDE[0]
+    assert tried == pytest.approx(max(0.02 - aside, 0) * 3000 + 2, abs=2)
+
+
 def test_a_good_drafter_is_used_and_one_that_gets_better_found_out() -> None:
     plain = 2000 * WIDE[0]
     for price in (0.0, 0.05):
