@@ -57,16 +57,23 @@ def prefill(binding: Binding, tokens: Sequence[int], drafter: Drafter | None = N
 
 
 def ingest(
-    binding: Binding, tokens: Sequence[int], drafter: Drafter | None = None, rows: int = 0, candidates: int = 0
+    binding: Binding,
+    tokens: Sequence[int],
+    drafter: Drafter | None = None,
+    rows: int = 0,
+    candidates: int = 0,
+    *,
+    shown: bool = True,
 ) -> Sequence[Row]:
     """Append one chunk; returns the logits, or candidates, after its last `rows` tokens: the head sees no others.
 
-    Without rows what is returned means nothing; a device keeps its logits then.
+    Without rows what is returned means nothing; a device keeps its logits then. Unless `shown`, the drafter gets no
+    hidden states of the chunk.
     """
     candidates = candidates if rows else min(binding.most_candidates, 1)
     made = advance(binding, np.asarray(tokens, np.int64), candidates, rows)
     if drafter is not None:
-        drafter.accept(list(tokens), binding.hidden)
+        drafter.accept(list(tokens), binding.hidden if shown and drafter.taps else None)
     return made
 
 

@@ -22,7 +22,8 @@ _GRANT, _FREE_GRANT = 2.0, 0.6  # fewer where drafts are free: what copies the t
 _SHARED_LOSS = 0.01  # share of each, where one that copies and one that reads draft
 _ODDS = 1.5  # what a start on experience must promise for each second that it stakes
 _DOUBT = 4.0  # how much more must have been saved up to start a drafter that gained nothing before
-_WINDOWS = (512, 256, 128, 64, 32)  # tokens to begin with: a drafter goes by what stands near
+BEGINNING = 512  # tokens that a drafter begins with, at most: it goes by what stands near
+_WINDOWS = (BEGINNING, 256, 128, 64, 32)
 _MOST_GAIN = 0.5  # of the steps that are left a drafter hardly saves more
 _WON = 6.0  # plain steps won that may be lost again before anyone looks
 _SURVIVAL = 0.75  # of a draft's tokens, each given those before it, until counted
@@ -98,17 +99,29 @@ class Scheduler:
         """What one token of plain decoding takes, now."""
         return self._run_seconds(1, depth)
 
-    def begin_again(self, cached: int, prompt: int, left: int) -> bool:
-        """Whether to compute `cached` tokens of a prompt of `prompt` tokens anew, so that the drafter sees the layers
-        it reads. An answer may have `left` tokens."""
+    def keep(self, cached: int, prompt: int, left: int) -> int:
+        """How many of `cached` tokens of a prompt of `prompt` tokens stay as they are; those behind them are computed
+        anew, so that the drafter sees the layers it reads. An answer may have `left` tokens.
+
+        In exact mode all stay: computed in other pieces they could have other bits.
+        """
         if self.reader is None:
-            return True
-        chunks, rest = divmod(cached, PREFILL_CHUNK)
-        seconds = chunks * self._run_seconds(PREFILL_CHUNK, 0) + (self._run_seconds(rest, 0) if rest else 0.0)
-        self._stake = self._worth_staking(prompt, left - 1, prompt, seconds)
-        if self._stake:
-            self._pay(seconds, cached)
-        return self._stake > 0
+            return 0
+        kept = self.too_far(prompt)
+        if kept >= cached or self._widths:
+            return cached
+        chunks, rest = divmod(cached - kept, PREFILL_CHUNK)
+        seconds = chunks * self._run_seconds(PREFILL_CHUNK, kept) + (self._run_seconds(rest, kept) if rest else 0.0)
+        stake = self._worth_staking(prompt, left - 1, prompt, seconds)
+        if not stake:
+            return cached  # whether to stake on what comes behind them is another question
+        self._stake = stake
+        self._pay(seconds, cached)
+        return kept
+
+    def too_far(self, unread: int) -> int:
+        """How many of so many unread tokens, the first ones, will not be read, whenever reading begins."""
+        return max(unread - BEGINNING, 0) if self.reader is not None else 0
 
     def read(self, depth: int, room: int, unread: int) -> tuple[int, int]:
         """What the drafter is to do now, beside a plain step, about the `unread` tokens: leave out so many, the first
@@ -122,16 +135,20 @@ class Scheduler:
             self._stake = self._worth_staking(depth, room, unread)
         if self.reader is None or unread <= _NEAR or room < 1:
             self._reading = False
-            return 0, 0
+            return self.too_far(unread), 0
         if not self._reading:
             window = self._window(depth, room, unread)
             self._reading, left_out = window > 0, unread - window
         chunk = min(unread - left_out, PREFILL_CHUNK)
         if not self._reading or self._lost + self._cost.of_reading(chunk) > self._grant(depth):
             self._reading = False  # where it has begun, it turned out dearer than was expected
-            return 0, 0
+            return self.too_far(unread), 0
         self._unread = unread - left_out - chunk
         return left_out, chunk
+
+    def give_up(self) -> None:
+        """The drafter that must read cannot draft for this sequence any more."""
+        self._reading, self._begun, self._unread = False, False, _NEAR + 1
 
     def observe_reading(self, depth: int, count: int, seconds: float) -> None:
         """So many tokens were read."""
@@ -222,7 +239,7 @@ class Scheduler:
         most = min(experience.won, experience.promise(room) / _ODDS) * step
         if room < 1 or most <= seconds:
             return 0.0
-        whole = seconds + self._cost.of_reading(min(unread, _WINDOWS[0])) + 2 * self._risk(depth, room)
+        whole = seconds + self._cost.of_reading(min(unread, BEGINNING)) + 2 * self._risk(depth, room)
         return whole if most >= whole else 0.0
 
     def _risk(self, depth: int, room: int) -> float:

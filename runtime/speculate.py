@@ -55,8 +55,8 @@ def speculate(
     The same tokens: at temperature 0, and with drafts that are certain at any temperature, those of `decode`, up to
     what the width of a run does to the logits; with drafts that were drawn, tokens of the same distribution. At
     every yield the cache is a prefix of what was yielded, without the last token. `cancelled` is asked between two
-    chunks of the prompt. A drafter with taps must be shown the whole prompt: where a prefix of it is cached, that is
-    computed again if the schedule finds it worth while, else the drafter is left out.
+    chunks of the prompt. Where a prefix of it is cached, a drafter with taps cannot see that: it is computed again, as
+    much of it as the drafter would read, if the schedule finds that worth while, else the drafter goes without.
     """
     loop = _Loop(binding, list(prompt), speculation, sampler, end, top)
     logits = loop.read_prompt(cancelled, limit)
@@ -105,29 +105,27 @@ class _Loop:
         cache.trim(min(cache.length, len(prompt) - 1))
         self._begin(limit)
         cache.reserve(len(prompt))
+        far = self._scheduler.too_far(len(prompt))
         logits, chunk = None, getattr(self._binding, "chunk", None) or sessions.PREFILL_CHUNK
         while cache.length < len(prompt) and not cancelled():
             tokens = prompt[cache.length :][:chunk]
-            rows = int(cache.length + len(tokens) == len(prompt))
-            logits = ingest(self._binding, tokens, self._drafter, rows, self._candidates)
+            stop = cache.length + len(tokens)
+            rows, shown = int(stop == len(prompt)), stop > far
+            logits = ingest(self._binding, tokens, self._drafter, rows, self._candidates, shown=shown)
         return logits[-1] if logits is not None and cache.length == len(prompt) else None
 
     def _begin(self, limit: int) -> None:
-        """Tell the drafter of what is cached, if it can do with that."""
+        """Tell the drafter of what is cached, or compute again what it should see of that."""
         cached, prompt = self._cache.length, self.history
         if self._drafter is None:
             return
         self._scheduler.begin()
         if cached and self._drafter.taps:
-            if self._scheduler.begin_again(cached, len(prompt), limit):
-                self._cache.trim(0)
-                self._tally.reread_tokens = cached
-            else:
-                self._drafter, self._reader = self._copier, None
-        if self._drafter is not None:
-            self._drafter.begin()
-            if self._cache.length:
-                self._drafter.accept(prompt[:cached], None)
+            self._cache.trim(self._scheduler.keep(cached, len(prompt), limit))
+            self._tally.reread_tokens = cached - self._cache.length
+        self._drafter.begin()
+        if self._cache.length:
+            self._drafter.accept(prompt[: self._cache.length], None)
 
     def round(self, left: int) -> Generator[Step, None, int]:
         """Draft, verify, and yield what comes of it, at most `left` tokens; returns how many."""
@@ -183,10 +181,16 @@ class _Loop:
         return _first(draft, count), asked, seconds
 
     def _read(self, reader: ReadingDrafter, room: int) -> None:
-        """Let the drafter read as much as the schedule allows now."""
+        """Let the drafter read as much as the schedule allows now, or go on without it where it will not draft."""
+        if reader.silent:
+            self._drafter, self._reader = self._copier, None
+            self._scheduler.give_up()
+            return
         depth = self._cache.length
         left_out, count = self._scheduler.read(depth, room, reader.unread)
         if count == 0:
+            if left_out and reader.taps:  # hidden states take room, tokens do not
+                reader.leave_out(left_out)
             return
         self._spend()
         if left_out:
@@ -257,7 +261,7 @@ class _Loop:
         if self._drafter is None:
             return 0.0
         self._spend()
-        hidden = self._binding.hidden
+        hidden = self._binding.hidden if self._drafter.taps else None  # a copy
         self._drafter.accept(tokens, None if hidden is None else hidden[first : first + len(tokens)])
         seconds = self._lap()
         self._tally.draft_seconds += seconds

@@ -32,7 +32,8 @@ class ToyBinding:
         self.cache.length = length + (len(ids) if keep is None else keep)
         self.cache.written = length + len(ids)
         if self.taps:
-            self.hidden = np.array([[hidden(t, p)] * len(self.taps) for p, t in enumerate(self.written)])[length:]
+            new = enumerate(self.written[length:], length)
+            self.hidden = np.array([[hidden(t, p)] * len(self.taps) for p, t in new])
         padded = [0, *self.written]
         first = max(len(self.written) - rows, 0)
         return np.array([self.table[padded[p], padded[p + 1]] for p in range(first, len(self.written))])

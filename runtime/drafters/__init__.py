@@ -40,7 +40,8 @@ class Drafter(Protocol):
     def accept(self, tokens: Sequence[int], hidden: NDArray[np.float32] | None) -> None:
         """The target processed `tokens` [n] and keeps them: a chunk of the prompt, or what a round accepted.
 
-        `hidden` [n, taps, width]: the outputs of the tapped layers at these tokens; None without taps.
+        `hidden` [n, taps, width]: the outputs of the tapped layers at these tokens; None without taps, and where they
+        are not to be had: then a drafter with taps leaves out these tokens and what it has not read before them.
         """
 
     def draft(self, anchor: int, limit: int) -> Draft:
@@ -56,7 +57,11 @@ class ReadingDrafter(Drafter, Protocol):
 
     @property
     def unread(self) -> int:
-        """Tokens that it was given and has not read; 0 where it cannot draft for this sequence any more."""
+        """Tokens that it was given and has not read; 0 where it is silent."""
+
+    @property
+    def silent(self) -> bool:
+        """It cannot draft for this sequence any more, and need not be told of it."""
 
     def read(self, count: int) -> None:
         """Read at most so many of them."""

@@ -27,12 +27,19 @@ class ChainDrafter:
 
     def accept(self, tokens: Sequence[int], hidden: NDArray[np.float32] | None) -> None:
         for drafter in self._drafters:
+            if getattr(drafter, "silent", False):
+                continue
             own = [self.taps.index(tap) for tap in drafter.taps]
             drafter.accept(tokens, hidden[:, own] if hidden is not None and own else None)
 
     @property
     def unread(self) -> int:
         return max((drafter.unread for drafter in self._drafters if isinstance(drafter, ReadingDrafter)), default=0)
+
+    @property
+    def silent(self) -> bool:
+        """All that must read are."""
+        return all(drafter.silent for drafter in self._drafters if isinstance(drafter, ReadingDrafter))
 
     def read(self, count: int) -> None:
         for drafter in self._drafters:

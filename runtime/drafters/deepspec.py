@@ -1,7 +1,7 @@
 """DeepSpec's drafters, which read hidden states of the model: DSpark and DFlash (arXiv:2607.05147) and Eagle3.
 
 What was processed waits until it is read, for a draft or because the schedule says so: a pause costs nothing but
-memory, 51 kB a token at a width of 2560 and five taps.
+memory, 51 kB a token at a width of 2560 and five taps. A schedule keeps no more waiting than it would begin with.
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from dsopt.runtime.drafters import Draft, Drafter
 from dsopt.runtime.drafters.confidence import Confidence, likeliest
 from dsopt.runtime.drafters.graph import CachedGraph, Graph
 from dsopt.runtime.drafters.manifest import DraftManifest, mode_of, open_draft
+from dsopt.runtime.drafters.waiting import Waiting
 from dsopt.runtime.sampling import Sampling
 from dsopt.runtime.session import Session
 
@@ -82,7 +83,7 @@ class BlockDrafter:
         self._temperatures = np.array(manifest.temperatures.get(self._chance.mode, [1.0] * steps))
         self._confidence = None if manifest.confidence else Confidence(self._temperatures.tolist())
         self._drafted = 0
-        self._waiting: list[Floats] = []
+        self._waiting = Waiting()
         self.begin()
 
     @property
@@ -105,23 +106,28 @@ class BlockDrafter:
         return head
 
     def accept(self, tokens: Sequence[int], hidden: Floats | None) -> None:
-        assert hidden is not None
-        assert len(hidden) == len(tokens)
-        self._waiting.append(np.array(hidden).reshape(len(hidden), -1))
         if self._confidence is not None:
             self._confidence.accept(tokens)
+        if hidden is None:
+            self._waiting.clear()
+            return
+        assert len(hidden) == len(tokens)
+        self._waiting.add(np.array(hidden).reshape(len(hidden), -1))
 
     @property
     def unread(self) -> int:
-        count = sum(map(len, self._waiting))
-        return 0 if self._full or self._cache.length + count > self._cache.limit else count
+        return 0 if self.silent else len(self._waiting)
+
+    @property
+    def silent(self) -> bool:
+        return self._full or self._cache.length + len(self._waiting) + self._ids.shape[1] > self._cache.limit
 
     def read(self, count: int) -> None:
         self.ingest(count)
 
     def leave_out(self, count: int) -> None:
         """What is read later takes the positions behind what was read: only distances count."""
-        self._waiting = [np.concatenate(self._waiting)[count:]]
+        self._waiting.drop(count)
 
     def draft(self, anchor: int, limit: int) -> Draft:
         self.ingest()
@@ -139,15 +145,13 @@ class BlockDrafter:
     def ingest(self, most: int | None = None) -> None:
         """Keys and values of what waits, of `most` rows of it if given. Once the drafter's context is full, nothing is
         read or drafted any more."""
-        count, start = sum(map(len, self._waiting)), self._cache.length
+        count, start = len(self._waiting), self._cache.length
         self._full = self._full or start + count > self._cache.limit
         if self._full:
             self._waiting.clear()
         if not self._waiting:
             return
-        rows = np.concatenate(self._waiting)
-        now = rows[:most]
-        self._waiting[:] = [rows[len(now) :]] if len(now) < len(rows) else []
+        now = self._waiting.take(count if most is None else min(count, most))
         self._cache.reserve(start + len(now))
         for first in range(0, len(now), _PIECE):
             self._append(now[first : first + _PIECE])

@@ -1,6 +1,8 @@
 """Eagle3 (arXiv:2503.01840): one layer that drafts token by token, from hidden states of the model and then its own."""
 
+from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ from dsopt.runtime.drafters.confidence import Confidence, likeliest
 from dsopt.runtime.drafters.deepspec import Chance
 from dsopt.runtime.drafters.graph import CachedGraph, Graph
 from dsopt.runtime.drafters.manifest import DraftManifest
+from dsopt.runtime.drafters.waiting import Waiting
 from dsopt.runtime.sampling import Sampling
 
 Floats = NDArray[np.float32]
@@ -42,39 +45,45 @@ class Eagle3Drafter:
 
     def begin(self) -> None:
         self._cache.trim(0)
-        self._tokens: list[int] = []  # of the rows that wait
-        self._unread: list[Floats] = []  # hidden states, of the later ones of them
-        self._waiting = np.empty((0, self._last.shape[-1]), np.float32)  # what the layer reads, of the others
+        self._tokens: deque[int] = deque()  # of the rows that wait
+        self._fused = np.empty((0, self._last.shape[-1]), np.float32)  # what the layer reads, of the first of them
+        self._waiting = Waiting()  # hidden states, of the others
         self._confidence.begin()
 
     def accept(self, tokens: Sequence[int], hidden: Floats | None) -> None:
-        assert hidden is not None
+        self._confidence.accept(tokens)
+        if hidden is None:
+            self.leave_out(len(self._tokens))
+            return
         assert len(hidden) == len(tokens)
         self._tokens += tokens
-        self._confidence.accept(tokens)
-        self._unread.append(np.array(hidden).reshape(len(hidden), -1))
+        self._waiting.add(np.array(hidden).reshape(len(hidden), -1))
 
     @property
     def unread(self) -> int:
         """The last row waits for the token behind it."""
-        return max(len(self._tokens) - 1, 0) if self._fits(0) else 0
+        return 0 if self.silent else max(len(self._tokens) - 1, 0)
+
+    @property
+    def silent(self) -> bool:
+        return not self._fits(1)
 
     def read(self, count: int) -> None:
-        self._read(self._tokens[1 : min(count, self.unread) + 1])
+        self._read(list(islice(self._tokens, 1, min(count, self.unread) + 1)))
 
     def leave_out(self, count: int) -> None:
         """What is read later takes the positions behind what was read: only distances count."""
-        fused = min(count, len(self._waiting))
-        self._waiting, self._tokens = self._waiting[fused:], self._tokens[count:]
-        if fused < count:
-            self._unread = [np.concatenate(self._unread)[count - fused :]]
+        fused = min(count, len(self._fused))
+        self._fused = self._fused[fused:]
+        self._waiting.drop(count - fused)
+        self._forget_tokens(count)
 
     def draft(self, anchor: int, limit: int) -> Draft:
         steps = min(limit, self._steps)
         if steps < 1 or not self._tokens or not self._fits(steps):
             return Draft()
         self._confidence.start(anchor)
-        self._read([*self._tokens[1:], anchor], kept=1)
+        self._read([*islice(self._tokens, 1, None), anchor], kept=1)
         processed = self._cache.length - 1
         tokens, survival, candidates, logits = [], [], [], []
         for step in range(steps):
@@ -98,20 +107,21 @@ class Eagle3Drafter:
         self._fuse(len(following))
         for first in range(0, len(following), _PIECE):
             ids = following[first : first + _PIECE]
-            self._run(self._waiting[first : first + len(ids)], ids)
+            self._run(self._fused[first : first + len(ids)], ids)
         done = len(following) - kept
-        self._waiting, self._tokens = self._waiting[done:], self._tokens[done:]
+        self._fused = self._fused[done:]
+        self._forget_tokens(done)
+
+    def _forget_tokens(self, count: int) -> None:
+        for _ in range(count):
+            self._tokens.popleft()
 
     def _fuse(self, count: int) -> None:
-        """Make of hidden states what the layer reads, for the first `count` rows that wait, or a few more."""
-        taken, missing = 0, count - len(self._waiting)
-        while missing > 0:
-            missing -= len(self._unread[taken])
-            taken += 1
-        if taken:
-            fused = self._context.run({"hidden": np.concatenate(self._unread[:taken])[None]})[0][0]
-            self._waiting = np.concatenate([self._waiting, fused])
-            del self._unread[:taken]
+        """Make of hidden states what the layer reads, for the first `count` rows that wait."""
+        missing = count - len(self._fused)
+        if missing > 0:
+            fused = self._context.run({"hidden": self._waiting.take(missing)[None]})[0][0]
+            self._fused = np.concatenate([self._fused, fused])
 
     def _run(self, context: Floats, following: Sequence[int]) -> None:
         self._step.run({"context": context[None], "input_ids": np.array([following], np.int64)}, len(following))

@@ -60,10 +60,14 @@ class ModelDrafter:
 
     @property
     def unread(self) -> int:
-        if self._strange or len(self._tokens) >= self._binding.cache.limit:
+        if self.silent:
             return 0
         self._agree()
         return len(self._tokens) - self._agreed
+
+    @property
+    def silent(self) -> bool:
+        return self._strange or len(self._tokens) >= self._binding.cache.limit
 
     def read(self, count: int) -> None:
         new = self._tokens[len(self._tokens) - self.unread :][:count]

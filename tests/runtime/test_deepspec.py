@@ -19,6 +19,7 @@ from dsopt.runtime.drafters.cost import draft_cost
 from dsopt.runtime.drafters.deepspec import open_deepspec
 from dsopt.runtime.drafters.graph import CachedGraph
 from dsopt.runtime.drafters.manifest import save_temperatures
+from dsopt.runtime.drafters.waiting import Waiting
 from dsopt.runtime.model import Model
 from dsopt.runtime.sampling import Sampler, Sampling
 from dsopt.runtime.session import Session
@@ -157,6 +158,38 @@ def test_what_waits_may_be_read_in_pieces_or_left_out(name: str, compile_pair: C
     assert_same(drafter.draft(TOKENS[40], 4), without)
 
 
+@pytest.mark.parametrize("name", ["vanilla", "eagle3"])
+def test_tokens_without_hidden_states_are_left_out(name: str, compile_pair: Callable[..., Any]) -> None:
+    drafter, behind = drafter_of(compile_pair(name)), int(name == "eagle3")
+    taps = random_taps(drafter)
+    without = draft_without(drafter, taps, 21)
+    drafter.begin()
+    drafter.accept(TOKENS[:8], taps[:8])
+    drafter.accept(TOKENS[8:21], None)
+    assert drafter.unread == 0
+    drafter.accept(TOKENS[21:40], taps[21:40])
+    assert drafter.unread == 19 - behind
+    assert_same(drafter.draft(TOKENS[40], 4), without)
+
+
+def test_what_waits_is_dropped_and_taken_across_its_pieces() -> None:
+    rows, waiting = np.arange(40, dtype=np.float32).reshape(20, 2), Waiting()
+    for start, stop in ((0, 3), (3, 3), (3, 9), (9, 10), (10, 20)):
+        waiting.add(rows[start:stop])
+    done = 0
+    for dropped, taken in ((0, 1), (1, 1), (1, 7), (2, 4), (0, 3)):
+        waiting.drop(dropped)
+        done += dropped
+        assert waiting.take(taken).tolist() == rows[done : done + taken].tolist()
+        done += taken
+        assert len(waiting) == 20 - done
+    assert done == 20
+    waiting.add(rows[:2])
+    waiting.clear()
+    waiting.add(rows[5:6])
+    assert waiting.take(1).tolist() == rows[5:6].tolist()
+
+
 def show(drafter: Any, taps: np.ndarray, pieces: tuple[int, ...], done: int = 0) -> None:
     drafter.begin()
     for piece in pieces:
@@ -240,12 +273,15 @@ def test_past_its_context_a_drafter_is_silent(name: str, compile_pair: Callable[
     taps = np.random.default_rng(0).normal(size=(300, 2, 32)).astype(np.float32)
     tokens = np.random.default_rng(0).integers(0, 320, 300).tolist()
     drafter.accept(tokens[:251], taps[:251])
+    assert not drafter.silent
     assert len(drafter.draft(1, 4).tokens) == 4
     drafter.accept(tokens[251:254], taps[251:254])
     assert drafter.draft(1, 4).tokens == ()
     drafter.accept(tokens[254:], taps[254:])
+    assert (drafter.silent, drafter.unread) == (True, 0)
     assert drafter.draft(1, 4).tokens == ()
     drafter.begin()
+    assert not drafter.silent
     drafter.accept(tokens[:3], taps[:3])
     assert len(drafter.draft(1, 4).tokens) == 4
 
@@ -313,11 +349,13 @@ def test_costs_are_measured_and_what_they_allow_changes_no_token(name: str, comp
         assert [piece.step.token for piece in stream] == plain
         assert stream.result.speculation.tally.read_tokens >= len(prompt) - 1  # type: ignore[union-attr]
 
-        reader.experience.won = 0.0  # not worth to compute the prompt again: it is left out
-        again = model.stream([*prompt, *plain, 7, 8, 9], limit=20, state=state, speculation=speculation)
-        assert len(list(again)) == 20
+        reader.experience.won = 0.0  # not worth to compute the prompt again
+        longer = [*prompt, *plain, 7, 8, 9]
+        fresh = [piece.step.token for piece in model.stream(longer, limit=20)]
+        again = model.stream(longer, limit=20, state=state, speculation=speculation)
+        assert [piece.step.token for piece in again] == fresh
         assert again.result.cached_tokens >= len(prompt) + len(plain) - 1
-        assert again.result.speculation.tally.starts == 0  # type: ignore[union-attr]
+        assert again.result.speculation.tally.read_tokens <= 3 + 20  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["vanilla", "eagle3"])

@@ -18,7 +18,8 @@ from dsopt.runtime.drafters.curve import DraftCurve
 from dsopt.runtime.drafters.experience import Experience
 from dsopt.runtime.drafters.ngram import NgramDrafter
 from dsopt.runtime.sampling import Sampler, Sampling
-from dsopt.runtime.scheduler import Reader, Scheduler
+from dsopt.runtime.scheduler import BEGINNING, Reader, Scheduler
+from dsopt.runtime.session import PREFILL_CHUNK
 from dsopt.runtime.speculate import Speculation, speculate
 from dsopt.runtime.tally import Tally
 
@@ -74,6 +75,7 @@ class Slow:
         self.clock, self.text, self.right, self.taps, self.slower = clock, text, right, taps, slower
         self._random = np.random.default_rng(0)
         self.largest = 0.0  # seconds of reading at once
+        self.most_unread, self.context = 0, CONTEXT
         self.begin()
 
     def begin(self) -> None:
@@ -81,10 +83,17 @@ class Slow:
 
     def accept(self, tokens: Sequence[int], hidden: np.ndarray | None) -> None:
         self.seen += len(tokens)
+        if self.taps and hidden is None:
+            self.read_up_to = self.left_out = self.seen
+        self.most_unread = max(self.most_unread, self.unread)
 
     @property
     def unread(self) -> int:
-        return self.seen - self.read_up_to
+        return 0 if self.silent else self.seen - self.read_up_to
+
+    @property
+    def silent(self) -> bool:
+        return self.seen >= self.context
 
     def read(self, count: int) -> None:
         assert 0 < count <= self.unread
@@ -290,21 +299,103 @@ def test_one_that_copies_goes_on_while_the_other_has_not_begun(clock: SimpleName
     assert all(time <= 1.03 * STEP * count + STEP for count, time in enumerate(times, 1))
 
 
+@pytest.mark.parametrize("right", [0.0, 0.85])
+@pytest.mark.parametrize("cached", [1, 280, 299])
+def test_what_comes_behind_a_cached_prompt_is_read_within_the_account(
+    clock: SimpleNamespace, cached: int, right: float
+) -> None:
+    drafter = Slow(clock, text(300), right, TAPS)
+    times, tally = answer(clock, drafter, scheduler(), 300, 1000, cached=cached)
+    assert (tally.reread_tokens, tally.starts) == (0, 1)
+    assert drafter.left_out >= cached
+    assert slower(times) <= 1.03
+    if right:
+        assert times[-1] < 0.9 * STEP * 1000
+
+    class Unsure(NgramDrafter):
+        def draft(self, anchor: int, limit: int) -> Draft:
+            assert self._text.tokens[:300] == text(300)[:300]  # it needs no hidden states
+            return super().draft(anchor, 0)
+
+    drafter = Slow(clock, text(300), right, TAPS)
+    _, tally = answer(clock, ChainDrafter([Unsure(), drafter]), scheduler(beside=True), 300, 1000, cached=cached)
+    assert (tally.reread_tokens, tally.starts) == (0, 1)
+    assert drafter.left_out >= cached
+
+
+def test_experience_begins_at_once_behind_a_cached_prompt(clock: SimpleNamespace) -> None:
+    """With what is new, where computing the rest again would cost more than is promised."""
+    drafter = Slow(clock, text(600), 0.85, TAPS)
+    _, tally = answer(clock, drafter, scheduler(Experience(won=1e6, started=1000, gained=200)), 600, 100, cached=580)
+    assert (tally.reread_tokens, tally.starts, tally.start_tokens) == (0, 1, 1)
+    assert (drafter.left_out, tally.read_tokens) == (580, 20)
+
+
 def test_a_cached_prompt_is_computed_again_for_taps_only_where_that_pays(clock: SimpleNamespace) -> None:
-    drafter = Slow(clock, text(300), 0.85, TAPS)
-    times, tally = answer(clock, drafter, scheduler(), 300, 1000, cached=280)
-    assert (tally.reread_tokens, tally.starts) == (0, 0)
-    assert slower(times) == pytest.approx(1)
-    assert clock.now < target().seconds(280, 0) + 1010 * STEP + target().seconds(20, 0)
-    chain = ChainDrafter([NgramDrafter(), Slow(clock, text(300), 0.85, TAPS)])
-    _, tally = answer(clock, chain, scheduler(beside=True), 300, 1000, cached=280)
-    assert (tally.reread_tokens, tally.starts) == (0, 0)
-    assert tally.proposed > 0  # the other one goes on
     rich = Experience(won=1e6, started=1000, gained=500)
-    times, tally = answer(clock, Slow(clock, text(300), 0.85, TAPS), scheduler(rich), 300, 1000, cached=280)
+    _, tally = answer(clock, Slow(clock, text(300), 0.85, TAPS), scheduler(rich), 300, 1000, cached=280)
     assert (tally.reread_tokens, tally.starts) == (280, 1)
     _, tally = answer(clock, Slow(clock, text(300), 0.85, TAPS), scheduler(rich), 300, 60, cached=280)
-    assert (tally.reread_tokens, tally.starts) == (0, 0)
+    assert tally.reread_tokens == 0
+
+    for cached, again in ((7000, 0), (7488, 0), (7489, 1), (7999, 511)):  # the drafter would read the latest 512
+        drafter = Slow(clock, text(8000), 0.85, TAPS)
+        _, tally = answer(clock, drafter, scheduler(rich), 8000, 2000, cached=cached)
+        assert (tally.reread_tokens, tally.starts) == (again, 1)
+        assert drafter.left_out == 8000 - 512
+
+
+def test_exact_mode_computes_nothing_again(clock: SimpleNamespace) -> None:
+    """What is cached may have other bits than what would be computed now."""
+    rich = Reader(MEASURED, Experience(won=1e6, started=1000, gained=500))
+    drafter = Slow(clock, text(300), 0.85, TAPS)
+    schedule = Scheduler(target(), (2, 4), rich)
+    _, tally = answer(clock, drafter, schedule, 300, 1000, cached=280, widths=(2, 4))
+    assert (tally.reread_tokens, tally.starts, tally.start_tokens) == (0, 1, 1)
+    assert drafter.left_out == 280
+
+
+@pytest.mark.parametrize("prompt", [32, 1000, 8000])
+def test_no_more_hidden_states_wait_than_reading_begins_with(clock: SimpleNamespace, prompt: int) -> None:
+    """And the schedule decides as if all of them waited."""
+    for right in (0.0, 0.85):
+        made = []
+        for taps in ((), TAPS):
+            clock.now = 0.0  # sums round alike
+            drafter = Slow(clock, text(prompt), right, taps)
+            times, tally = answer(clock, drafter, scheduler(), prompt, 2000)
+            made.append((times, tally, drafter.left_out))
+        assert made[0] == made[1]
+        assert tally.starts == 1
+        assert drafter.most_unread <= BEGINNING + PREFILL_CHUNK
+
+
+@pytest.mark.parametrize("context", [200, 500])
+def test_a_drafter_that_cannot_draft_has_not_started_and_is_not_told_of_anything(
+    clock: SimpleNamespace, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+
+    class Watched(Timed):
+        @property
+        def hidden(self) -> np.ndarray | None:
+            shown.append(self.cache.length)
+            return self.rows
+
+        @hidden.setter
+        def hidden(self, rows: np.ndarray | None) -> None:
+            self.rows = rows
+
+    monkeypatch.setattr(f"{__name__}.Timed", Watched)
+    experience, drafter = Experience(), Slow(clock, text(300), 0.85, TAPS)
+    drafter.context = context
+    _, tally = answer(clock, drafter, scheduler(experience), 300, 1000)
+    if context == 200:
+        assert (tally.starts, experience.started, len(shown)) == (0, 0, 3)  # the prompt's chunks
+    else:
+        assert 300 < max(shown) < 520
+        assert 0 < experience.started < context - 300
+        assert drafter.seen < 520
 
 
 def test_interrupting_between_pieces_leaves_what_can_be_gone_on_from(clock: SimpleNamespace) -> None:
