@@ -48,7 +48,7 @@ def logits(binding: Binding, split: Sequence[int]) -> np.ndarray:
 @pytest.mark.parametrize("split", SPLITS, ids=str)
 @pytest.mark.parametrize("captured", [16, 0])
 def test_fixed_steps_compute_what_a_plain_binding_does(session: Session, split: list[int], captured: int) -> None:
-    # In the same pieces: kernels for one row and for 60 may round otherwise, by up to 0.1 on a processor with AVX2 only.
+    # In the same pieces: kernels for one row and for 60 may round otherwise, by up to 0.1 on a CPU with AVX2 only.
     wanted = logits(session.bind(session.new_cache()), split)
     np.testing.assert_allclose(logits(device_binding(session, captured), split), wanted, atol=0.01)
 
