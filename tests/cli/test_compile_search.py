@@ -186,6 +186,9 @@ WRONG = {
     "--quant int4 --max-quality-loss 0.1": "nothing to search",
     "--quant int8 --prune layers=1 --allow-miss": "nothing to search",
     "--draft self --report page.html": "nothing to search",
+    "--draft self --calib text --for batch": "nothing to search",
+    "--quant int8 --calib text": "--calib is for a search, for --prune and for --draft self",
+    "--draft other --calib text": "--calib is for a search, for --prune and for --draft self",
     "--quant int8 --for batch": "nothing to search",
     "--quant int8 --profile dsopt.json": "nothing to search",
 }
