@@ -52,29 +52,29 @@ def compress(
                 quality = judge(found, place, progress)
             builds[id(made)] = place, quality
             loss = quality[goal.quantity]
-            report(_said(made, loss, taken, place))
+            report(_said(made, goal, loss, taken, place))
             return loss - taken
 
         taken, left = found.taken(goal), found.left(goal)
         size = goal.size and goal.size - _fixed_bytes(checkpoint, found)
         if found.pruned:
-            report(f"pruning took {taken:.4f} of {goal.loss:.4g} nats")
+            report(f"pruning took {goal.said(taken)} of the {goal.budget} allowed")
         best, rounds = search(found.sites, found.options(goal), replace(left, size=size), try_out)
         if best is None and not allow_miss:
             nearest = min(rounds, key=lambda r: r.measured)
             raise DsoptError(
-                f"the loss of the best of {len(rounds)} builds is {nearest.measured + taken:.4f} nats, more than "
-                f"{goal.loss:g}; raise --max-quality-loss, or keep it with --allow-miss"
+                f"the loss of the best of {len(rounds)} builds is {goal.said(nearest.measured + taken)}, more than "
+                f"{goal.budget}; raise --max-quality-loss, or keep it with --allow-miss"
             )
         best = best or min(rounds, key=lambda r: r.measured)
         rotated = rotated_sites(found.pruned.cut if found.pruned else checkpoint, found.sites, best.assignment)
         return _take(*builds[id(best.assignment)], out, found, goal, best, rounds, text, rotated)
 
 
-def _said(made: Assignment, loss: float, taken: float, place: Path) -> str:
+def _said(made: Assignment, goal: Goal, loss: float, taken: float, place: Path) -> str:
     size = open_artifact(place).size / 1e6
     counts = ", ".join(f"{count} {form}" for form, count in count_formats(made).items())
-    return f"{size:.1f} MB, loss {loss:.4f} nats (expected {made.loss + taken:.4f}): {counts}"
+    return f"{size:.1f} MB, loss {goal.said(loss)} (expected {goal.said(made.loss + taken)}): {counts}"
 
 
 def _build(checkpoint: Checkpoint, found: Study, made: Assignment, out: Path, text: str, stage: Stage) -> None:

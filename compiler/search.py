@@ -31,6 +31,7 @@ _PROMPT = 512  # rows of a device's run over a prompt, which is not cut into chu
 ROUNDS = 3
 _OPTIMISM = 1.8  # what builds lose beside their estimates, before one was measured: 1.5 to 2.0 on SmolLM2
 _BINS = 4000  # of the budget; a loss is rounded up to the next
+_ENDLESS = 100.0  # nats; a perplexity that is larger yet has no use as a number
 _PRICINGS = 24  # bisections of the price on bytes
 
 
@@ -65,6 +66,19 @@ class Goal:
             )
         if self.workload not in WORKLOADS:
             raise UsageError(f"--for is {self.workload!r}; it must be one of {', '.join(WORKLOADS)}")
+
+    def said(self, loss: float) -> str:
+        """A loss in nats, in the unit that the budget was given in: `0.0131 nats`, `1.32 % of perplexity`."""
+        if self.quantity == "ln_ppl_ratio":
+            return f"{100 * math.expm1(min(loss, _ENDLESS)):.3g} % of perplexity"
+        return f"{loss:.4f} nats"
+
+    @property
+    def budget(self) -> str:
+        """What is allowed, as short as it was said: `0.01 nats`, `2 %`."""
+        if self.quantity == "ln_ppl_ratio":
+            return f"{100 * math.expm1(self.loss):.4g} %"
+        return f"{self.loss:.4g} nats"
 
 
 def _bytes(size: str | None) -> int | None:
@@ -264,7 +278,7 @@ def _gentlest(sites: Sequence[Site], found: Sequence[Sequence[Option]], goal: Go
         if made is not None:
             return made
     limit = f" in {goal.size / 1e6:.0f} MB" if goal.size else ""
-    raise DsoptError(f"no choice of kernels loses as little as {goal.loss:g} nats{limit}; allow more")
+    raise DsoptError(f"no choice of kernels loses as little as {goal.budget}{limit}; allow more")
 
 
 def formats_of(sites: Sequence[Site], assignment: Assignment) -> dict[str, Format]:

@@ -53,6 +53,15 @@ class BlockStream:
         lengths, total = torch.full((windows,), tokens - 1, dtype=torch.int32), torch.tensor(tokens, dtype=torch.int32)
         return [empty, empty, lengths, total, *config.rotary(tokens)]
 
+    def run(self, ids: np.ndarray, progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
+        """ids int64 [windows, tokens] -> hidden states behind the last block. `progress` is told of layers."""
+        x = self.embed(ids)
+        with torch.inference_mode():
+            for layer in range(self.depth):
+                x = self.block(layer)(x, *self.state(layer, *x.shape[:2]))[0]
+                progress(layer + 1, self.depth)
+        return x
+
     @property
     def head_weight(self) -> str:
         """The name of the head's weight: the embedding's where they are tied, even if the file has a copy."""

@@ -29,6 +29,7 @@ from dsopt.compiler.stream import BlockStream
 from dsopt.compiler.study import Study, study
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.files import cache_dir
 from dsopt.runtime.quality import Comparison, session_scorer
 from dsopt.runtime.session import Session
 
@@ -82,11 +83,8 @@ def pruned(tiny_llama_dir: Callable[..., Path], exported_once: None, tmp_path: P
 
 def stream_logits(checkpoint: Checkpoint, ids: np.ndarray) -> np.ndarray:
     stream = BlockStream(checkpoint)
-    x = stream.embed(ids[None])
     with torch.inference_mode():
-        for layer in range(stream.depth):
-            x = stream.block(layer)(x, *stream.state(layer, *x.shape[:2]))[0]
-        return np.asarray(stream.head()(x)[0])
+        return np.asarray(stream.head()(stream.run(ids[None]))[0])
 
 
 @pytest.mark.parametrize("text", ["layers=1", "blocks=3", "ffn=30%", "kv=1", "layers=1,blocks=1,ffn=20%,kv=1,vocab"])
@@ -212,7 +210,7 @@ def test_both_stages_keep_the_budget_together(
     assert 0 < taken < chosen["measured"] <= goal.loss
     assert chosen["measured"] == pytest.approx(manifest.quality["kld_mean"])
     assert chosen["loss"] > taken
-    assert lines[0] == f"pruning took {taken:.4f} of 3 nats"
+    assert lines[0] == f"pruning took {taken:.4f} nats of the 3 nats allowed"
     assert manifest.pruning["text"] == text
     assert len({node["format"] for node in manifest.nodes}) > 1
     look = preview(found, goal)
@@ -238,6 +236,9 @@ def test_pruning_that_takes_it_all(
     with pytest.raises(DsoptError, match=r"--prune alone loses .* --max-quality-loss allows 0.001") as caught:
         study(made.whole, TEXT, goal, pruned=made)
     assert "\n" not in str(caught.value)
+    with pytest.raises(DsoptError, match=r"--prune alone loses \d[\d.]* % of perplexity, .* allows 0\.5 %;"):
+        study(made.whole, TEXT, Goal.parse("0.5%", None, "chat"), pruned=made)
+    assert not (cache_dir() / "statistics").exists()  # said before anything is learnt of what is left
     found = study(made.whole, TEXT, goal, pruned=made, allow_miss=True)
     nearly_all = dataclasses.replace(found, lost={goal.quantity: 0.95 * goal.loss})
     assert nearly_all.left(goal).loss == pytest.approx(0.05 * goal.loss)  # not a little more than there is

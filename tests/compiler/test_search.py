@@ -208,6 +208,13 @@ def test_goals() -> None:
     assert (percent.size, percent.quantity) == (1_500_000_000, "ln_ppl_ratio")
 
 
+def test_a_loss_is_told_in_the_unit_of_the_budget() -> None:
+    nats, percent = Goal(0.0125), Goal.parse("2%", None, "chat")
+    assert (nats.budget, nats.said(0.02)) == ("0.0125 nats", "0.0200 nats")
+    assert (percent.budget, percent.said(math.log(1.0346))) == ("2 %", "3.46 % of perplexity")
+    assert percent.said(1e6).endswith("% of perplexity")  # a model that knows nothing any more
+
+
 @pytest.mark.parametrize(
     ("loss", "size", "workload", "says"),
     [
