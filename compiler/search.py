@@ -6,8 +6,9 @@ they missed, and the choice is made again; the best that held the budget wins. S
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,6 +109,27 @@ class Option:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class _Joint:
+    """Choices that are made together, by the site's name, and what they come to."""
+
+    choices: Mapping[str, Choice]
+    loss: float
+    seconds: float
+    nbytes: int
+
+    def __add__(self, other: "_Joint") -> "_Joint":
+        return _Joint(
+            {**self.choices, **other.choices},
+            self.loss + other.loss,
+            self.seconds + other.seconds,
+            self.nbytes + other.nbytes,
+        )
+
+
+_Priced = TypeVar("_Priced", Option, _Joint)
+
+
 def rows_of(workload: str, target: str = "cpu") -> dict[int, int]:
     """How often a layer runs with how many rows, on this target."""
     work = WORKLOADS[workload]
@@ -129,9 +151,17 @@ def options(sites: Sequence[Site], table: KernelTable, workload: str) -> list[li
             raise DsoptError(
                 f"--for {workload}: rows of {site.k} ({site.name}) are no whole blocks of 32; --quant int8 does without"
             )
-    return [
-        _undominated([price_option(site, choice, table, workload) for choice in choices])
+    priced = [
+        [price_option(site, choice, table, workload) for choice in choices]
         for site, choices in zip(sites, offered, strict=True)
+    ]
+    # Where rotating is ruled out by another choice, what it is better than must be there to be taken instead.
+    return [
+        _undominated([option for option in found if not option.choice.rotated])
+        + _undominated([option for option in found if option.choice.rotated])
+        if site.kept
+        else _undominated(found)
+        for site, found in zip(sites, priced, strict=True)
     ]
 
 
@@ -144,28 +174,49 @@ def price_option(site: Site, choice: Choice, table: KernelTable, workload: str) 
     return Option(choice, site.prices[choice], seconds, site.nbytes(choice.format, table.float_bytes))
 
 
-def _undominated(found: list[Option]) -> list[Option]:
-    def is_worse(a: Option, b: Option) -> bool:
-        sides = (a.loss, a.seconds, a.nbytes), (b.loss, b.seconds, b.nbytes)
-        return sides[0] != sides[1] and all(x >= y for x, y in zip(*sides, strict=True))
+def _undominated(found: list[_Priced]) -> list[_Priced]:
+    sides = np.array([(one.loss, one.seconds, one.nbytes) for one in found]).reshape(-1, 3)
+    mine, others = sides[:, None], sides[None]
+    is_worse = np.any(np.all(mine >= others, 2) & np.any(mine > others, 2), 1).tolist()
+    return [one for one, worse in zip(found, is_worse, strict=True) if not worse]
 
-    return [a for a in found if not any(is_worse(a, b) for b in found)]
+
+def _joined(sites: Sequence[Site], found: Sequence[Sequence[Option]]) -> list[list[_Joint]]:
+    """The options of each site, or of two together where the choice of one rules out some of the other's."""
+    made = {
+        site.name: [_Joint({site.name: o.choice}, o.loss, o.seconds, o.nbytes) for o in offered]
+        for site, offered in zip(sites, found, strict=True)
+    }
+    for site in sites:
+        if site.kept is not None:
+            maker, form = site.kept
+            own = made.pop(site.name)
+            made[maker] = _undominated(
+                [
+                    values + context
+                    for values in made[maker]
+                    for context in own
+                    if values.choices[maker].format != form or not context.choices[site.name].rotated
+                ]
+            )
+    return list(made.values())
 
 
 def solve(
     sites: Sequence[Site], found: Sequence[Sequence[Option]], loss: float, size: int | None = None
 ) -> Assignment | None:
     """The fastest assignment of at most `loss` and `size`; None where there is none."""
-    best = _assign(sites, found, loss, 0.0)
+    joined = _joined(sites, found)
+    best = _assign(joined, loss, 0.0)
     if size is None or best is None or best.nbytes <= size:
         return best
-    smallest = _assign(sites, found, loss, 1e6)
+    smallest = _assign(joined, loss, 1e6)
     if smallest is None or smallest.nbytes > size:
         return None
     low, high, best = 0.0, 1e6, smallest
     for step in range(_PRICINGS):  # seconds a byte; geometric, once a price is known to be too high
         price = 1e-9 if step == 0 else math.sqrt(low * high) if low else high / 30
-        tried = _assign(sites, found, loss, price)
+        tried = _assign(joined, loss, price)
         if tried is not None and tried.nbytes <= size:
             high, best = price, min(best, tried, key=lambda a: a.seconds)
         else:
@@ -173,7 +224,7 @@ def solve(
     return best
 
 
-def _assign(sites: Sequence[Site], found: Sequence[Sequence[Option]], loss: float, price: float) -> Assignment | None:
+def _assign(found: Sequence[Sequence[_Joint]], loss: float, price: float) -> Assignment | None:
     """By dynamic programming over the budget in bins: the least seconds + price x bytes for each loss so far."""
     least = np.zeros(_BINS + 1)
     picks: list[NDArray[np.int64]] = []
@@ -188,20 +239,20 @@ def _assign(sites: Sequence[Site], found: Sequence[Sequence[Option]], loss: floa
         picks.append(pick)
     if not np.isfinite(least[_BINS]):
         return None
-    chosen, left = [], _BINS
+    chosen, left = list[_Joint](), _BINS
     for offered, pick in zip(reversed(found), reversed(picks), strict=True):
         chosen.append(offered[pick[left]])
         left -= _bins(chosen[-1], loss)
     chosen.reverse()
     return Assignment(
-        {site.name: option.choice for site, option in zip(sites, chosen, strict=True)},
+        {name: choice for joint in chosen for name, choice in joint.choices.items()},
         sum(option.loss for option in chosen),
         sum(option.seconds for option in chosen),
         sum(option.nbytes for option in chosen),
     )
 
 
-def _bins(option: Option, loss: float) -> int:
+def _bins(option: _Joint, loss: float) -> int:
     return int(np.ceil(min(option.loss / loss, 2) * _BINS - 1e-9))
 
 
