@@ -114,8 +114,10 @@ class Job:
         if self.goal is None:
             text = full_text(self.recipe.text, self.pruning)
             return f"{text} calib={_digest(self.order.calib, _TEXTS)}" if self.order.calib else text
-        words = ["auto", f"loss={self.order.budget}", f"for={self.order.workload}"]
-        words += [f"size={self.order.size}"] if self.order.size else []
+        # However numbers were spelled: orders of the same model meet.
+        number, percent = self.order.budget.rstrip("% "), self.order.budget.endswith("%")
+        words = ["auto", f"loss={float(number):g}{'%' * percent}", f"for={self.order.workload}"]
+        words += [f"size={self.goal.size / 1e6:g}MB"] if self.goal.size else []
         if self.order.calib:
             words.append(f"calib={_digest(self.order.calib, _TEXTS)}")
         if self.order.profile:

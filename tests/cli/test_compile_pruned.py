@@ -33,6 +33,15 @@ def test_what_is_pruned_is_part_of_what_an_artifact_is(
         compile_model(source, plain, Order("none", prune="layers=1"))
 
 
+def test_two_spellings_of_a_recipe_are_one_artifact(tiny_llama_dir: Callable[..., Path], exported_once: None) -> None:
+    source = str(tiny_llama_dir())
+    one = compile_model(source, order=Order("int4,head=int8,down=int8"))
+    written = (one / "dsopt.json").stat().st_mtime_ns
+    assert compile_model(source, one, Order("int4-b32,down=int8,head=int8", dtype="fp32")) == one
+    assert compile_model(source, order=Order("int4,down=int8,head=int8,dtype=fp32")) == one
+    assert (one / "dsopt.json").stat().st_mtime_ns == written
+
+
 def test_the_text_of_a_pruning_is_part_of_what_an_artifact_is(
     tiny_llama_dir: Callable[..., Path], exported_once: None, tmp_path: Path
 ) -> None:

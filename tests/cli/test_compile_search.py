@@ -118,9 +118,14 @@ def test_a_search_from_the_shell(
     assert page.read_text() == written
 
 
-def test_another_text_or_budget_is_another_artifact(source: str, text: Path, tmp_path: Path) -> None:
+def test_another_text_or_budget_is_another_artifact(
+    source: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = compile_model(source, order=Order(loss="0.5", calib=text, target="cpu"))
     assert one == compile_model(source, order=Order(loss="0.5", calib=text, target="cpu"))
+    with monkeypatch.context() as patch:
+        patch.setattr(studying, "study", None)  # spelled otherwise it is the same
+        assert one == compile_model(source, order=Order(loss="5e-1", calib=text, target="cpu"))
     other = tmp_path / "other"
     other.write_text(text.read_text() * 2)
     places = {
