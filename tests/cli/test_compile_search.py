@@ -183,6 +183,23 @@ def test_a_search_over_a_pruned_model(
     assert open_artifact(plain).manifest.search is None
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_text_that_chose_the_tokens_and_judges_is_told(
+    same: bool,
+    source: str,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    corpus, out = tmp_path / "corpus", tmp_path / "out"
+    corpus.write_text("Before.\n" + text.read_text() if same else "0123456789 times is. " * 9)
+    words = [source, "--target", "cpu", "--calib", str(text), "--prune", f"vocab={corpus}", "-o", str(out)]
+    code, _, stderr = call(monkeypatch, capsys, *words, "--max-quality-loss", "9")
+    assert code == 0
+    assert stderr.count("chooses tokens: other text loses more") == stderr.count("\n") == same
+
+
 WRONG = {
     "--max-quality-loss much": "--max-quality-loss",
     "--max-quality-loss 0": "--max-quality-loss",
