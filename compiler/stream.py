@@ -25,6 +25,7 @@ class BlockStream:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Raises DsoptError on a model that is not supported."""
+        checkpoint.check_no_biases()
         self.checkpoint = checkpoint
         self.family = find_family(checkpoint.config.get("model_type"))
         self.config = self.family.Config.from_dict(checkpoint.config)

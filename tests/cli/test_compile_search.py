@@ -7,18 +7,22 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from dsopt.cli import main
 from dsopt.cli.compile import compile_model
 from dsopt.cli.order import Order
 from dsopt.compiler import probe, setting
 from dsopt.compiler import study as studying
+from dsopt.compiler.checkpoint import open_checkpoint
 from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.recipe import Format
 from dsopt.runtime import devices
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.files import cache_dir
 
 NAME = "<b>&tiny"
 SPEEDS = {"w8a8": 1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3, "int8-b64": 3.9, "int8": 4}
@@ -335,6 +339,27 @@ def test_texts_that_do_not_do(
         assert stderr.count("dsopt: ") == 1
         assert says in stderr.splitlines()[-1]
         assert not out.exists()
+
+
+@pytest.mark.parametrize("order", [{}, {"prune": "layers=1"}, {"quant": "int8", "draft": "self"}, {"quant": "int8"}])
+def test_biases_are_refused_before_anything_is_learnt(
+    order: dict[str, Any], source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Biases that config.json does not tell of: the eager model would do without, and so would the search."""
+    from dsopt.compiler.reference import Reference
+
+    weights = load_file(Path(source) / "model.safetensors")
+    for name in ("self_attn.v_proj", "mlp.down_proj"):
+        size = len(weights[f"model.layers.1.{name}.weight"])
+        weights[f"model.layers.1.{name}.bias"] = np.ones(size, np.float32)
+    save_file(weights, Path(source) / "model.safetensors", {"format": "pt"})
+    says = r"with a bias are not supported: model\.layers\.1\.\S+_proj\.bias and 1 more"
+    with pytest.raises(DsoptError, match=says):
+        compile_model(source, tmp_path / "out", Order(target="cpu", **order))
+    with pytest.raises(DsoptError, match=says):
+        Reference(open_checkpoint(source))
+    assert not (tmp_path / "out").exists()
+    assert not list((cache_dir() / "texts").glob("*"))
 
 
 def test_a_report_that_cannot_be(source: str, text: Path, tmp_path: Path) -> None:
