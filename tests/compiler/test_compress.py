@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from search_tiny import made_up
 
 from dsopt.compiler import compress as compressing
 from dsopt.compiler import outcome
@@ -29,13 +30,6 @@ from dsopt.runtime.quality import Comparison, session_scorer
 from dsopt.runtime.session import Session
 
 TEXT = np.random.default_rng(0).integers(0, 256, (16, 32))
-SPEEDS = {"w8a8": 1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3, "int8-b64": 3.9, "int8": 4}
-
-
-def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Sequence[Format], **_: Any) -> KernelTable:
-    """Times without a clock."""
-    cells = {(n, k, str(f), m): 1e-9 * n * k * m**0.5 * SPEEDS[str(f)] for n, k in shapes for f in forms for m in rows}
-    return KernelTable({"device": "none"}, cells, {1: 1e-6})
 
 
 @pytest.fixture

@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from search_tiny import made_up
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsopt.compiler import build
@@ -17,12 +18,11 @@ from dsopt.compiler.checkpoint import Checkpoint, open_checkpoint
 from dsopt.compiler.compress import compress
 from dsopt.compiler.corpus import HELD
 from dsopt.compiler.judge import Judge
-from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.outcome import preview
 from dsopt.compiler.pruning.options import Pruning
 from dsopt.compiler.pruning.pruned import Pruned, prune
 from dsopt.compiler.pruning.spelling import joined
-from dsopt.compiler.recipe import Format, Recipe
+from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.reference import Reference
 from dsopt.compiler.search import Goal
 from dsopt.compiler.stream import BlockStream
@@ -42,12 +42,6 @@ WORDS = (
     "knows the captain by name. In winter nothing moves for days; then people read what they have read before.\n"
 )
 OTHER = "Ελλάδα while (++counter < maximum) { values[counter] = function(pointer); } return self.__init__;\n"
-SPEEDS = {"w8a8": 1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3, "int8-b64": 3.9, "int8": 4}
-
-
-def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Sequence[Format], **_: Any) -> KernelTable:
-    cells = {(n, k, str(f), m): 1e-9 * n * k * m**0.5 * SPEEDS[str(f)] for n, k in shapes for f in forms for m in rows}
-    return KernelTable({"device": "none"}, cells, {1: 1e-6})
 
 
 def trained() -> Tokenizer:
