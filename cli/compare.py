@@ -99,6 +99,10 @@ def _check(chunks: int | None, ctx: int, threads: int | None) -> None:
         raise UsageError(f"--ctx is {ctx}; 4 or more")
     if threads is not None and threads < 1:
         raise UsageError(f"--threads is {threads}; 1 or more")
+    if threads is not None:
+        from dsopt.runtime.session import check_threads  # ONNX Runtime: a wrong call need not wait for it
+
+        check_threads(threads)
 
 
 def _read(path: Path) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dsopt.cli.generate import warn
 from dsopt.cli.models import BUILT_IN, check_overwrite, remember_last
 from dsopt.cli.order import DEFAULT_LOSS, Job, Order, note_rates
 from dsopt.cli.progress import note, progress_bar
@@ -125,13 +126,18 @@ def _search(job: Job, goal: "Goal", directory: Path) -> None:
 
 
 def _study(job: Job, goal: "Goal") -> "Study":
-    from dsopt.compiler.corpus import read_windows, self_windows
+    from dsopt.compiler.corpus import read_text, read_windows, self_windows
     from dsopt.compiler.setting import Setting
     from dsopt.compiler.study import study
 
     setting = Setting.open(job.checkpoint, job.target, job.recipe.dtype, job.times())
     if job.order.calib:
         windows = read_windows(job.order.calib, job.checkpoint)
+        if job.pruning.vocab and read_text(job.order.calib).strip() in job.pruning.read_corpus():
+            warn(
+                "dsopt: --calib is part of the text by which vocab= chooses tokens: other text loses more than what is "
+                "measured on it; leave --calib out, or give another one"
+            )
     else:
         with _stage("writing text") as progress:
             windows = self_windows(job.checkpoint, progress)

@@ -46,13 +46,18 @@ class Order:
 
     def __post_init__(self) -> None:
         if self.insists and not self.searches:
+            if self.calib is not None and not replace(self, calib=None).insists:
+                raise UsageError(
+                    "--calib is for a search, for --prune and for --draft self; --quant or --draft leaves none of them"
+                )
             raise UsageError("a search is asked for, but --quant or --draft leaves nothing to search")
 
     @property
     def insists(self) -> bool:
-        """Whether an option is given that only a search has; a text to calibrate on is for pruning too."""
+        """Whether an option is given that only a search has; a text to calibrate on is for pruning and for the pruned
+        copy that drafts, too."""
         given = (self.loss, self.size, self.workload) != (None, None, "chat")
-        given |= self.calib is not None and not self.prunes
+        given |= self.calib is not None and not self.prunes and self.draft != SELF
         return given or self.allow_miss or bool(self.report) or bool(self.profile)
 
     @property
@@ -89,7 +94,7 @@ class Job:
 
         target, recipe = _target_and_recipe(order)
         pruning = Pruning.parse(order.prune)
-        if order.calib and order.prunes and not (pruning.needs_text or order.searches):
+        if order.calib and order.prunes and not (pruning.needs_text or order.searches or order.draft == SELF):
             raise UsageError(f"--calib: --prune {order.prune} needs no text to calibrate on; leave out one")
         order, goal = replace(order, target=target), None
         if order.searches and (order.insists or _is_here(target)):
@@ -109,8 +114,10 @@ class Job:
         if self.goal is None:
             text = full_text(self.recipe.text, self.pruning)
             return f"{text} calib={_digest(self.order.calib, _TEXTS)}" if self.order.calib else text
-        words = ["auto", f"loss={self.order.budget}", f"for={self.order.workload}"]
-        words += [f"size={self.order.size}"] if self.order.size else []
+        # However numbers were spelled: orders of the same model meet.
+        number, percent = self.order.budget.rstrip("% "), self.order.budget.endswith("%")
+        words = ["auto", f"loss={float(number):g}{'%' * percent}", f"for={self.order.workload}"]
+        words += [f"size={self.goal.size / 1e6:g}MB"] if self.goal.size else []
         if self.order.calib:
             words.append(f"calib={_digest(self.order.calib, _TEXTS)}")
         if self.order.profile:

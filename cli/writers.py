@@ -143,6 +143,7 @@ def speculation_record(speculation: "Speculation") -> dict[str, Any]:
         "paused_rounds": tally.paused_rounds,
         "reads": speculation.scheduler.reader is not None,
         "read_tokens": tally.read_tokens,
+        "reread_tokens": tally.reread_tokens,
         "started_after": tally.start_tokens if tally.starts else None,
         "proposed_tokens": tally.proposed,
         "accepted_tokens": tally.accepted,
@@ -193,6 +194,8 @@ def _speculated(spec: Mapping[str, Any] | None) -> list[str]:
         parts.append("draft 0/0 accepted")
     if spec["reads"]:
         parts.append(_reading(spec))
+    if spec["reread_tokens"]:
+        parts.append(f"{spec['reread_tokens']} cached tokens computed again for the drafter")
     if spec["paused_rounds"]:
         why = "" if spec["reads"] else ", where drafting loses"
         parts.append(f"left alone in {spec['paused_rounds']} of {spec['rounds']} rounds{why}")

@@ -94,6 +94,7 @@ def plan(
     # A model that cannot be spoken to is not worth compiling: a broken tokenizer is an error now.
     Tokenizer.from_bytes(checkpoint.files["tokenizer.json"], checkpoint.source.path / "tokenizer.json")
     _check_names(checkpoint, family.Config.from_dict(checkpoint.config))
+    checkpoint.check_no_biases()
     decided = pruning
     if isinstance(decided, Pruning):
         decided = prune(checkpoint, recipe, decided, chosen.name, calibrate, report)

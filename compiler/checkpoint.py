@@ -67,6 +67,9 @@ class Source:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+_BIAS = re.compile(r"model\.layers\.\d+\..*_proj\.bias|lm_head\.bias")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """`config` and the names of `tensors` are Hugging Face's; `files` always has tokenizer.json.
@@ -88,6 +91,13 @@ class Checkpoint:
         if not self.changes:
             return self.source.sha256
         return hashlib.sha256(f"{self.source.sha256} {self.changes}".encode()).hexdigest()
+
+    def check_no_biases(self) -> None:
+        """Raises DsoptError where linear layers have biases, which the eager models would leave out silently."""
+        found = [name for name in self.tensors if _BIAS.fullmatch(name)]
+        if found:
+            raise DsoptError(f"{self.source.path}: linear layers with a bias are not supported: {found[0]}"
+                             f"{f' and {len(found) - 1} more' * (len(found) > 1)}")  # fmt: skip
 
 
 def open_checkpoint(model: str, progress: Progress | None = None) -> Checkpoint:

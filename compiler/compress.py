@@ -1,6 +1,6 @@
 """From a checkpoint and a goal to the artifact that meets it: calibrate, price, time, choose, build, measure."""
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +8,6 @@ from dsopt.compiler import build, package
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.models import kinds_of
 from dsopt.compiler.outcome import count_formats, describe_nodes, describe_search
-from dsopt.compiler.passes.quantize_linears import is_exact
 from dsopt.compiler.pruning.options import NOTHING
 from dsopt.compiler.recipe import Format, Recipe
 from dsopt.compiler.search import (
@@ -18,7 +17,6 @@ from dsopt.compiler.search import (
     formats_of,
     search,
 )
-from dsopt.compiler.sites import Site
 from dsopt.compiler.stream import BlockStream
 from dsopt.compiler.study import Progress, Stage, Study, no_stage
 from dsopt.runtime.artifact import Manifest, open_artifact
@@ -52,29 +50,28 @@ def compress(
                 quality = judge(found, place, progress)
             builds[id(made)] = place, quality
             loss = quality[goal.quantity]
-            report(_said(made, loss, taken, place))
+            report(_said(made, goal, loss, taken, place))
             return loss - taken
 
         taken, left = found.taken(goal), found.left(goal)
         size = goal.size and goal.size - _fixed_bytes(checkpoint, found)
         if found.pruned:
-            report(f"pruning took {taken:.4f} of {goal.loss:.4g} nats")
+            report(f"pruning took {goal.said(taken)} of the {goal.budget} allowed")
         best, rounds = search(found.sites, found.options(goal), replace(left, size=size), try_out)
         if best is None and not allow_miss:
             nearest = min(rounds, key=lambda r: r.measured)
             raise DsoptError(
-                f"the loss of the best of {len(rounds)} builds is {nearest.measured + taken:.4f} nats, more than "
-                f"{goal.loss:g}; raise --max-quality-loss, or keep it with --allow-miss"
+                f"the loss of the best of {len(rounds)} builds is {goal.said(nearest.measured + taken)}, more than "
+                f"{goal.budget}; raise --max-quality-loss, or keep it with --allow-miss"
             )
         best = best or min(rounds, key=lambda r: r.measured)
-        rotated = rotated_sites(found.pruned.cut if found.pruned else checkpoint, found.sites, best.assignment)
-        return _take(*builds[id(best.assignment)], out, found, goal, best, rounds, text, rotated)
+        return _take(*builds[id(best.assignment)], out, found, goal, best, rounds, text)
 
 
-def _said(made: Assignment, loss: float, taken: float, place: Path) -> str:
+def _said(made: Assignment, goal: Goal, loss: float, taken: float, place: Path) -> str:
     size = open_artifact(place).size / 1e6
     counts = ", ".join(f"{count} {form}" for form, count in count_formats(made).items())
-    return f"{size:.1f} MB, loss {loss:.4f} nats (expected {made.loss + taken:.4f}): {counts}"
+    return f"{size:.1f} MB, loss {goal.said(loss)} (expected {goal.said(made.loss + taken)}): {counts}"
 
 
 def _build(checkpoint: Checkpoint, found: Study, made: Assignment, out: Path, text: str, stage: Stage) -> None:
@@ -83,7 +80,7 @@ def _build(checkpoint: Checkpoint, found: Study, made: Assignment, out: Path, te
         site.name: site.scales[alpha] for site in found.sites if (alpha := made.choices[site.name].alpha) is not None
     }
     evidence = found.statistics.input
-    rotated = rotated_sites(found.pruned.cut if found.pruned else checkpoint, found.sites, made)
+    rotated = frozenset(name for name, choice in made.choices.items() if choice.rotated)
     plan = build.plan(
         checkpoint,
         recipe,
@@ -95,15 +92,6 @@ def _build(checkpoint: Checkpoint, found: Study, made: Assignment, out: Path, te
     )
     with stage("writing weights") as progress:
         build.write(plan, out, progress=progress)
-
-
-def rotated_sites(checkpoint: Checkpoint, sites: list[Site], made: Assignment) -> frozenset[str]:
-    """Those chosen to be rotated, where the values' weights are rounded anyway: codes of a file, as they are, stay."""
-    chosen = {site.name for site in sites if made.choices[site.name].rotated}
-    values = {name: f"{name.removesuffix('o_proj')}v_proj" for name in chosen}
-    forms = formats_of(sites, made)
-    exact = {o for o, v in values.items() if is_exact(checkpoint.tensors[f"{v}.weight"], forms[v])}
-    return frozenset(chosen - exact)
 
 
 def judge(found: Study, directory: Path, progress: Progress = lambda done, total: None) -> dict[str, float]:
@@ -121,7 +109,6 @@ def _take(
     best: Round,
     rounds: list[Round],
     text: str,
-    rotated: Set[str],
 ) -> Manifest:
     """Complete the manifest, and let the build take its place."""
     made = open_artifact(place).manifest
@@ -129,7 +116,7 @@ def _take(
     manifest = replace(
         made,
         recipe=text,
-        nodes=tuple(describe_nodes(made.nodes, found.sites, best.assignment, rotated)),
+        nodes=tuple(describe_nodes(made.nodes, found.sites, best.assignment)),
         quality={name: quality[name] for name in kept},
         profile=found.table.to_json(),
         search=describe_search(found, goal, best, rounds),

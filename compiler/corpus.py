@@ -27,7 +27,7 @@ def read_windows(path: Path, checkpoint: Checkpoint) -> np.ndarray:
     Raises DsoptError when it cannot be read or is too short.
     """
     tokenizer = Tokenizer.from_bytes(checkpoint.files["tokenizer.json"], checkpoint.source.path / "tokenizer.json")
-    ids = tokenizer.encode(_text(path), special=False)
+    ids = tokenizer.encode(read_text(path), special=False)
     size = min(TOKENS, int(checkpoint.config["max_position_embeddings"]))
     count = len(ids) // size
     least = SAMPLE + HELD
@@ -39,7 +39,8 @@ def read_windows(path: Path, checkpoint: Checkpoint) -> np.ndarray:
     return cut[np.linspace(0, count - 1, WINDOWS).round().astype(int)]
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text, or what JSON lines say. Raises DsoptError when it cannot be read."""
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as error:

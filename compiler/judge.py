@@ -45,12 +45,7 @@ class Judge:
         progress: Progress = lambda done, total: None,
     ) -> "Judge":
         """Runs the whole model over the windows."""
-        x = stream.embed(windows)
-        with torch.inference_mode():
-            for layer in range(stream.depth):
-                x = stream.block(layer)(x, *stream.state(layer, *x.shape[:2]))[0]
-                progress(layer + 1, stream.depth)
-        return cls(windows, x, stream.head(), spelling)
+        return cls(windows, stream.run(windows, progress), stream.head(), spelling)
 
     def texts(self) -> np.ndarray:
         """The windows in the other model's tokens, as many of them."""

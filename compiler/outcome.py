@@ -1,7 +1,7 @@
 """What a search found, in words: for a plan, for a manifest."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ def preview(found: Study, goal: Goal) -> dict[str, Any]:
 
 
 def describe_nodes(
-    nodes: tuple[Mapping[str, Any], ...], sites: list[Site], made: Assignment, rotated: Set[str]
+    nodes: tuple[Mapping[str, Any], ...], sites: list[Site], made: Assignment
 ) -> Iterator[Mapping[str, Any]]:
     """Each node with what was chosen for its site and what that is expected to cost."""
     sites_by_module = {module: site for site in sites for module in site.modules}
@@ -42,7 +42,7 @@ def describe_nodes(
         if site is None or node["role"] == "embed":
             yield node
             continue
-        choice = dataclasses.replace(made.choices[site.name], rotated=site.name in rotated)
+        choice = made.choices[site.name]
         yield {
             **node,
             "smoothing": choice.alpha,

@@ -19,7 +19,7 @@ qkv, attn, mlp. `dtype=fp16` or `dtype=bf16` is the type of everything else, flo
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -100,7 +100,8 @@ PRESETS = {"auto": "int8"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """The format of each role; `text` is the recipe as the user would write it."""
+    """The format of each role; `text` is the recipe as the user would write it, and the same however it was written:
+    orders of the same model meet."""
 
     text: str
     default: Format
@@ -115,11 +116,11 @@ class Recipe:
         first, *overrides = [part.strip() for part in text.split(",")]
         first = PRESETS.get(first, first)
         roles: dict[str, Format] = {}
-        dtype, cache = "fp32", "float"
+        dtype, cache, said_dtype = "fp32", "float", False
         for override in overrides:
             role, _, value = override.partition("=")
             if role == "dtype":
-                dtype = _check_dtype(value)
+                dtype, said_dtype = _check_dtype(value), True
                 continue
             if role == "cache":
                 cache = _check_cache(value)
@@ -134,7 +135,10 @@ class Recipe:
         default = Format.parse(first)
         if default.kernel == "w8a8":
             roles.setdefault("head", Format("nbits", 8, 32))
-        return cls(",".join([first, *overrides]), default, roles, dtype=dtype, cache=cache)
+        words = [str(default), *_spelled(default, roles)]
+        words += [f"cache={cache}"] if cache != "float" else []
+        words += [f"dtype={dtype}"] if said_dtype else []
+        return cls(",".join(words), default, roles, dtype=dtype, cache=cache)
 
     @property
     def float_bytes(self) -> int:
@@ -150,8 +154,8 @@ class Recipe:
         """The same with this float type. Raises UsageError where the recipe says another."""
         if self.said_dtype is not None and dtype != self.dtype:
             raise UsageError(f"--dtype is {dtype}, --quant says dtype={self.dtype}; leave one of them out")
-        if dtype == self.dtype:
-            return self
+        if dtype == self.dtype:  # fp32, which need not be said any more where it is the target's
+            return replace(self, text=self.text.removesuffix(",dtype=fp32"))
         return replace(self, text=f"{self.text},dtype={_check_dtype(dtype)}", dtype=dtype)
 
     def format(self, role: str, module: str = "") -> Format:
@@ -163,12 +167,31 @@ class Recipe:
         A head in w8a8 or with minima has no layout that a gather can read; 8 bits in blocks stand in. Rows of
         `width` that are not whole blocks stay float: a gather cannot read a padded row.
         """
-        form = self.roles.get("embed", self.format("head", HEAD))
-        if form.kernel == "fp8":
-            return Format()
-        if form.kernel == "w8a8" or form.minima:
-            form = Format("nbits", 8, 32)
+        form = _readable(self.roles.get("embed", self.format("head", HEAD)))
         return Format() if form.kernel == "nbits" and width % form.block else form
+
+
+def _readable(form: Format) -> Format:
+    """What a gather can read, where the head has `form`."""
+    if form.kernel == "fp8":
+        return Format()
+    return Format("nbits", 8, 32) if form.kernel == "w8a8" or form.minima else form
+
+
+def _spelled(default: Format, roles: Mapping[str, Format]) -> Iterator[str]:
+    """ROLE=FORMAT in one order, groups where they say the same, without what goes without saying."""
+    implied = Format("nbits", 8, 32) if default.kernel == "w8a8" else default
+    head = roles.get("head", implied)
+    if head != implied:
+        yield f"head={head}"
+    if roles.get("embed", _readable(head)) != _readable(head):
+        yield f"embed={roles['embed']}"
+    left = {role: form for role, form in roles.items() if role not in ("head", "embed") and form != default}
+    for name in ("attn", "qkv", "mlp", *ROLES):
+        group = GROUPS.get(name, (name,))
+        if len({left.get(role) for role in group}) == 1 and group[0] in left:
+            yield f"{name}={left[group[0]]}"
+            left = {role: form for role, form in left.items() if role not in group}
 
 
 def _check_dtype(dtype: str) -> str:

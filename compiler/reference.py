@@ -16,7 +16,9 @@ Progress = Callable[[int, int], None]  # bytes read, bytes in all
 
 def read_config(checkpoint: Checkpoint) -> Any:
     """The family's `Config` of a checkpoint. Raises DsoptError on a model that is not supported."""
-    return find_family(checkpoint.config.get("model_type")).Config.from_dict(checkpoint.config)
+    config = find_family(checkpoint.config.get("model_type")).Config.from_dict(checkpoint.config)
+    checkpoint.check_no_biases()
+    return config
 
 
 class Reference:

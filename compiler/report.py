@@ -50,9 +50,12 @@ def render(manifest: Manifest) -> str:
 
 def _pruning(manifest: Manifest, search: Mapping[str, Any]) -> Iterable[str]:
     if manifest.pruning:
+        from dsopt.compiler.search import Goal  # torch: a report that is only written again need not wait for it
+
+        goal = Goal(**search["goal"])
         yield (
-            f"<p>Pruned first ({_text(manifest.pruning['text'])}), which took {search['pruned']:.4f} of the "
-            f"{search['goal']['loss']:.4f} nats allowed and is part of every loss below.</p>"
+            f"<p>Pruned first ({_text(manifest.pruning['text'])}), which took {goal.said(search['pruned'])} of the "
+            f"{goal.budget} allowed and is part of every loss below.</p>"
         )
 
 

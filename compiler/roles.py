@@ -49,14 +49,23 @@ class Linear:
 
 
 def find_linears(graph: ir.Graph) -> list[Linear]:
-    """Every linear layer of a float graph in order. Raises DsoptError where a part cannot be proved."""
+    """Every linear layer of a float graph in order. Raises DsoptError where a part cannot be proved, or has a bias."""
     linears = []
     for node in graph:
         if node.op_type == "FusedMatMul":
             weight = node.inputs[1]
             assert weight is not None
+            _check_no_bias(node, weight.name)
             linears.append(Linear(node, _role(node), _layer(weight.name or "")))
     return linears
+
+
+def _check_no_bias(node: ir.Node, name: str | None) -> None:
+    """Smoothing, rotation, pruning, packing and the prices of a search all take y to be x W^T and nothing more."""
+    for use in node.outputs[0].uses():
+        others = (value for value in use.node.inputs if value is not None and value is not node.outputs[0])
+        if use.node.op_type == "Add" and any(value.is_initializer() for value in others):
+            raise DsoptError(f"{name} is followed by a bias; linear layers with a bias are not supported")
 
 
 def _layer(name: str) -> int | None:

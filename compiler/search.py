@@ -6,8 +6,9 @@ they missed, and the choice is made again; the best that held the budget wins. S
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ _PROMPT = 512  # rows of a device's run over a prompt, which is not cut into chu
 ROUNDS = 3
 _OPTIMISM = 1.8  # what builds lose beside their estimates, before one was measured: 1.5 to 2.0 on SmolLM2
 _BINS = 4000  # of the budget; a loss is rounded up to the next
+_ENDLESS = 100.0  # nats; a perplexity that is larger yet has no use as a number
 _PRICINGS = 24  # bisections of the price on bytes
 
 
@@ -66,6 +68,19 @@ class Goal:
         if self.workload not in WORKLOADS:
             raise UsageError(f"--for is {self.workload!r}; it must be one of {', '.join(WORKLOADS)}")
 
+    def said(self, loss: float) -> str:
+        """A loss in nats, in the unit that the budget was given in: `0.0131 nats`, `1.32 % of perplexity`."""
+        if self.quantity == "ln_ppl_ratio":
+            return f"{100 * math.expm1(min(loss, _ENDLESS)):.3g} % of perplexity"
+        return f"{loss:.4f} nats"
+
+    @property
+    def budget(self) -> str:
+        """What is allowed, as short as it was said: `0.01 nats`, `2 %`."""
+        if self.quantity == "ln_ppl_ratio":
+            return f"{100 * math.expm1(self.loss):.4g} %"
+        return f"{self.loss:.4g} nats"
+
 
 def _bytes(size: str | None) -> int | None:
     if size is None:
@@ -94,6 +109,27 @@ class Option:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class _Joint:
+    """Choices that are made together, by the site's name, and what they come to."""
+
+    choices: Mapping[str, Choice]
+    loss: float
+    seconds: float
+    nbytes: int
+
+    def __add__(self, other: "_Joint") -> "_Joint":
+        return _Joint(
+            {**self.choices, **other.choices},
+            self.loss + other.loss,
+            self.seconds + other.seconds,
+            self.nbytes + other.nbytes,
+        )
+
+
+_Priced = TypeVar("_Priced", Option, _Joint)
+
+
 def rows_of(workload: str, target: str = "cpu") -> dict[int, int]:
     """How often a layer runs with how many rows, on this target."""
     work = WORKLOADS[workload]
@@ -115,9 +151,17 @@ def options(sites: Sequence[Site], table: KernelTable, workload: str) -> list[li
             raise DsoptError(
                 f"--for {workload}: rows of {site.k} ({site.name}) are no whole blocks of 32; --quant int8 does without"
             )
-    return [
-        _undominated([price_option(site, choice, table, workload) for choice in choices])
+    priced = [
+        [price_option(site, choice, table, workload) for choice in choices]
         for site, choices in zip(sites, offered, strict=True)
+    ]
+    # Where rotating is ruled out by another choice, what it is better than must be there to be taken instead.
+    return [
+        _undominated([option for option in found if not option.choice.rotated])
+        + _undominated([option for option in found if option.choice.rotated])
+        if site.kept
+        else _undominated(found)
+        for site, found in zip(sites, priced, strict=True)
     ]
 
 
@@ -130,28 +174,49 @@ def price_option(site: Site, choice: Choice, table: KernelTable, workload: str) 
     return Option(choice, site.prices[choice], seconds, site.nbytes(choice.format, table.float_bytes))
 
 
-def _undominated(found: list[Option]) -> list[Option]:
-    def is_worse(a: Option, b: Option) -> bool:
-        sides = (a.loss, a.seconds, a.nbytes), (b.loss, b.seconds, b.nbytes)
-        return sides[0] != sides[1] and all(x >= y for x, y in zip(*sides, strict=True))
+def _undominated(found: list[_Priced]) -> list[_Priced]:
+    sides = np.array([(one.loss, one.seconds, one.nbytes) for one in found]).reshape(-1, 3)
+    mine, others = sides[:, None], sides[None]
+    is_worse = np.any(np.all(mine >= others, 2) & np.any(mine > others, 2), 1).tolist()
+    return [one for one, worse in zip(found, is_worse, strict=True) if not worse]
 
-    return [a for a in found if not any(is_worse(a, b) for b in found)]
+
+def _joined(sites: Sequence[Site], found: Sequence[Sequence[Option]]) -> list[list[_Joint]]:
+    """The options of each site, or of two together where the choice of one rules out some of the other's."""
+    made = {
+        site.name: [_Joint({site.name: o.choice}, o.loss, o.seconds, o.nbytes) for o in offered]
+        for site, offered in zip(sites, found, strict=True)
+    }
+    for site in sites:
+        if site.kept is not None:
+            maker, form = site.kept
+            own = made.pop(site.name)
+            made[maker] = _undominated(
+                [
+                    values + context
+                    for values in made[maker]
+                    for context in own
+                    if values.choices[maker].format != form or not context.choices[site.name].rotated
+                ]
+            )
+    return list(made.values())
 
 
 def solve(
     sites: Sequence[Site], found: Sequence[Sequence[Option]], loss: float, size: int | None = None
 ) -> Assignment | None:
     """The fastest assignment of at most `loss` and `size`; None where there is none."""
-    best = _assign(sites, found, loss, 0.0)
+    joined = _joined(sites, found)
+    best = _assign(joined, loss, 0.0)
     if size is None or best is None or best.nbytes <= size:
         return best
-    smallest = _assign(sites, found, loss, 1e6)
+    smallest = _assign(joined, loss, 1e6)
     if smallest is None or smallest.nbytes > size:
         return None
     low, high, best = 0.0, 1e6, smallest
     for step in range(_PRICINGS):  # seconds a byte; geometric, once a price is known to be too high
         price = 1e-9 if step == 0 else math.sqrt(low * high) if low else high / 30
-        tried = _assign(sites, found, loss, price)
+        tried = _assign(joined, loss, price)
         if tried is not None and tried.nbytes <= size:
             high, best = price, min(best, tried, key=lambda a: a.seconds)
         else:
@@ -159,7 +224,7 @@ def solve(
     return best
 
 
-def _assign(sites: Sequence[Site], found: Sequence[Sequence[Option]], loss: float, price: float) -> Assignment | None:
+def _assign(found: Sequence[Sequence[_Joint]], loss: float, price: float) -> Assignment | None:
     """By dynamic programming over the budget in bins: the least seconds + price x bytes for each loss so far."""
     least = np.zeros(_BINS + 1)
     picks: list[NDArray[np.int64]] = []
@@ -174,20 +239,20 @@ def _assign(sites: Sequence[Site], found: Sequence[Sequence[Option]], loss: floa
         picks.append(pick)
     if not np.isfinite(least[_BINS]):
         return None
-    chosen, left = [], _BINS
+    chosen, left = list[_Joint](), _BINS
     for offered, pick in zip(reversed(found), reversed(picks), strict=True):
         chosen.append(offered[pick[left]])
         left -= _bins(chosen[-1], loss)
     chosen.reverse()
     return Assignment(
-        {site.name: option.choice for site, option in zip(sites, chosen, strict=True)},
+        {name: choice for joint in chosen for name, choice in joint.choices.items()},
         sum(option.loss for option in chosen),
         sum(option.seconds for option in chosen),
         sum(option.nbytes for option in chosen),
     )
 
 
-def _bins(option: Option, loss: float) -> int:
+def _bins(option: _Joint, loss: float) -> int:
     return int(np.ceil(min(option.loss / loss, 2) * _BINS - 1e-9))
 
 
@@ -264,7 +329,7 @@ def _gentlest(sites: Sequence[Site], found: Sequence[Sequence[Option]], goal: Go
         if made is not None:
             return made
     limit = f" in {goal.size / 1e6:.0f} MB" if goal.size else ""
-    raise DsoptError(f"no choice of kernels loses as little as {goal.loss:g} nats{limit}; allow more")
+    raise DsoptError(f"no choice of kernels loses as little as {goal.budget}{limit}; allow more")
 
 
 def formats_of(sites: Sequence[Site], assignment: Assignment) -> dict[str, Format]:

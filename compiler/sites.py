@@ -91,6 +91,8 @@ class Site:
     """`name` is the first module's; `prices` in nats a token (KL divergence); `scales` by alpha, of the smoothings.
 
     `copies` is 2 where another matrix of this size has the same format: a table beside a head that is not tied to it.
+    `kept` of an o_proj: the site that makes its values, and the format in which those keep the codes of their file. A
+    rotation would round them again, which no price of that site knows: the two choices exclude each other.
     """
 
     name: str
@@ -101,6 +103,7 @@ class Site:
     prices: dict[Choice, float] = field(default_factory=dict)
     scales: dict[float, Tensor] = field(default_factory=dict)
     copies: int = 1
+    kept: tuple[str, Format] | None = None
 
     def nbytes(self, form: Format, width: int = 4) -> int:
         """Of the site's weights, and of the embedding with the head's; `width` is that of a float of the graph."""
@@ -129,6 +132,9 @@ class Pricer:
             # A layer that was pruned may lack its attention or its feed-forward.
             leaves = {module.rpartition(".")[2] for module in seen}
             made = [self._site(layer, first, seen) for first in _GROUPS if first in leaves]
+        for site in made:
+            if any(choice.rotated for choice in site.prices):
+                site.kept = self._kept_values(made)
         self.sites[:0] = made  # the sweep goes back, the list goes forth
 
     def _site(self, layer: int, first: str, seen: dict[str, Observed]) -> Site:
@@ -151,6 +157,15 @@ class Pricer:
                 price = sum(seen.cost(x @ w.T) for seen, w in zip(linears, weights, strict=True))
                 site.prices[Choice(form)] = price
         return site
+
+    def _kept_values(self, made: list[Site]) -> tuple[str, Format] | None:
+        """The site of v_proj, and the format among its choices that has the file's own codes, if one has."""
+        for site in made:
+            for module in site.modules:
+                if module.endswith(".v_proj"):
+                    forms = [choice.format for choice in site.prices if self._is_exact(module, choice.format)]
+                    return (site.name, forms[0]) if forms else None
+        return None
 
     def _is_exact(self, module: str, form: Format) -> bool:
         return is_exact(self.checkpoint.tensors[f"{module}.weight"], form)

@@ -25,6 +25,7 @@ class BlockStream:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Raises DsoptError on a model that is not supported."""
+        checkpoint.check_no_biases()
         self.checkpoint = checkpoint
         self.family = find_family(checkpoint.config.get("model_type"))
         self.config = self.family.Config.from_dict(checkpoint.config)
@@ -52,6 +53,15 @@ class BlockStream:
         empty = torch.empty(windows, config.num_key_value_heads, 0, config.head_dim)
         lengths, total = torch.full((windows,), tokens - 1, dtype=torch.int32), torch.tensor(tokens, dtype=torch.int32)
         return [empty, empty, lengths, total, *config.rotary(tokens)]
+
+    def run(self, ids: np.ndarray, progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
+        """ids int64 [windows, tokens] -> hidden states behind the last block. `progress` is told of layers."""
+        x = self.embed(ids)
+        with torch.inference_mode():
+            for layer in range(self.depth):
+                x = self.block(layer)(x, *self.state(layer, *x.shape[:2]))[0]
+                progress(layer + 1, self.depth)
+        return x
 
     @property
     def head_weight(self) -> str:

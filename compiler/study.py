@@ -84,14 +84,14 @@ def study(
     if pruned:
         with stage("running the whole model") as progress:
             judge = Judge.of(BlockStream(pruned.whole), windows[-HELD:], pruned.spelling, progress)
+        with stage("running what is left") as progress:
+            lost = _judge_pruning(judge, BlockStream(pruned.cut), goal, progress, allow_miss=allow_miss)
         checkpoint, windows = pruned.cut, pruned.spelling.windows(windows) if pruned.spelling else windows
     stream = BlockStream(checkpoint)
     config = stream.config
     with stage("calibrating") as progress:
         statistics = calibrate(stream, windows, HELD, progress)
     head = stream.head()
-    if judge:
-        lost = _judge_pruning(judge, statistics, head, goal, allow_miss=allow_miss)
     judge = judge or Judge(*statistics.held_out(), head)
     pricer = Pricer(checkpoint, statistics, None if config.norms_values else config.head_dim, setting.arithmetic)
     with stage("pricing errors") as progress:
@@ -107,13 +107,15 @@ def study(
 
 
 def _judge_pruning(
-    judge: Judge, statistics: Statistics, head: torch.nn.Module, goal: Goal, *, allow_miss: bool
+    judge: Judge, cut: BlockStream, goal: Goal, progress: Progress, *, allow_miss: bool
 ) -> dict[str, float]:
+    """Before anything is learnt of the smaller model, which takes several times as long."""
+    states, head = cut.run(judge.texts(), progress), cut.head()
     with torch.inference_mode():
-        lost = judge.compare(head(states).numpy() for states in statistics.held_out()[1])
+        lost = judge.compare(head(window).numpy() for window in states)
     if lost[goal.quantity] >= goal.loss and not allow_miss:
         raise DsoptError(
-            f"--prune alone loses {lost[goal.quantity]:.4f} nats, --max-quality-loss allows {goal.loss:.4g}; prune "
+            f"--prune alone loses {goal.said(lost[goal.quantity])}, --max-quality-loss allows {goal.budget}; prune "
             "less, allow more, or keep it with --allow-miss"
         )
     return lost

@@ -140,14 +140,12 @@ class HeadNorm(nn.RMSNorm):
 class GatedMlp(nn.Module):
     """down(silu(gate(x)) * up(x)), the SwiGLU feed-forward (arXiv:2002.05202), or with another activation."""
 
-    def __init__(
-        self, hidden: int, intermediate: int, *, bias: bool = False, activation: Callable[[Tensor], Tensor] = F.silu
-    ) -> None:
+    def __init__(self, hidden: int, intermediate: int, *, activation: Callable[[Tensor], Tensor] = F.silu) -> None:
         super().__init__()
         self.activation = activation
-        self.gate_proj = nn.Linear(hidden, intermediate, bias=bias)
-        self.up_proj = nn.Linear(hidden, intermediate, bias=bias)
-        self.down_proj = nn.Linear(intermediate, hidden, bias=bias)
+        self.gate_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.up_proj = nn.Linear(hidden, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsopt.cli.main import app
-from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.errors import DsoptError, UsageError
 
 Run = Callable[..., str]
 WORDS = "What one model says of a text the other must say too: ünïcode, <|im_end|> as text, and 0123456789. "
@@ -97,6 +97,16 @@ def test_what_cannot_be_compared_is_one_line(
             compare(tiny_artifact, new, *options)
         assert words in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_threads_that_are_not_there(compare: Run, tiny_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dsopt.compiler import reference
+
+    monkeypatch.setattr(reference, "Reference", None)  # nothing is read
+    checkpoint = tiny_artifact.parent / "checkpoint"
+    for pair in ((checkpoint, checkpoint), (checkpoint, tiny_artifact)):
+        with pytest.raises(UsageError, match="--threads is 99999; this machine has"):
+            compare(*pair, "--threads", 99999)
 
 
 def test_a_short_text_is_said(compare: Run, tiny_artifact: Path, text: Path) -> None:

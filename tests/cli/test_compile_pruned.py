@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from dsopt.cli.compile import compile_model
 from dsopt.cli.main import app
 from dsopt.cli.order import Order
+from dsopt.compiler import corpus
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.quality import session_scorer
@@ -30,6 +31,15 @@ def test_what_is_pruned_is_part_of_what_an_artifact_is(
     assert (pruned / "dsopt.json").stat().st_mtime_ns == written
     with pytest.raises(DsoptError, match="exists already"):
         compile_model(source, plain, Order("none", prune="layers=1"))
+
+
+def test_two_spellings_of_a_recipe_are_one_artifact(tiny_llama_dir: Callable[..., Path], exported_once: None) -> None:
+    source = str(tiny_llama_dir())
+    one = compile_model(source, order=Order("int4,head=int8,down=int8"))
+    written = (one / "dsopt.json").stat().st_mtime_ns
+    assert compile_model(source, one, Order("int4-b32,down=int8,head=int8", dtype="fp32")) == one
+    assert compile_model(source, order=Order("int4,down=int8,head=int8,dtype=fp32")) == one
+    assert (one / "dsopt.json").stat().st_mtime_ns == written
 
 
 def test_the_text_of_a_pruning_is_part_of_what_an_artifact_is(
@@ -66,6 +76,36 @@ def test_a_drafter_of_its_own(tiny_llama_dir: Callable[..., Path], exported_once
     assert np.isfinite(session_scorer(Session(draft, threads=1))(np.arange(9), 9)).all()
     compile_model(source, out, Order("none"), force=True)  # a drafter is the model's own: it goes with it
     assert not (out / "draft-self").exists()
+
+
+@pytest.mark.parametrize(("quant", "prune"), [("none", "none"), ("auto", "none"), ("none", "vocab")])
+def test_a_drafter_is_pruned_by_the_text_given(
+    quant: str,
+    prune: str,
+    tiny_llama_dir: Callable[..., Path],
+    exported_once: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(corpus, "self_windows", None)  # the model writes none
+    source, text = str(tiny_llama_dir(num_hidden_layers=3, max_position_embeddings=32)), tmp_path / "text"
+    text.write_text("".join(f"{n:06} " for n in range(1000)))
+    prune = f"vocab={text}" if prune == "vocab" else prune
+    out = compile_model(source, order=Order(quant, prune=prune, draft="self", calib=text))
+    written = (out / "dsopt.json").stat().st_mtime_ns
+    assert open_artifact(out).manifest.drafters == ("draft-self",)
+    assert " calib=" in open_artifact(out).manifest.recipe
+    said = set(np.flatnonzero(logits_of(out / "draft-self") > -1e8))
+    assert {ord(digit) - ord("!") for digit in "0123456789"} <= said  # ids of bytes, in the tokenizer's order
+    assert compile_model(source, order=Order(quant, prune=prune, draft="self", calib=text)) == out
+    assert (out / "dsopt.json").stat().st_mtime_ns == written
+    text.write_text("".join(f"{n:06} " for n in range(2000)))
+    assert compile_model(source, order=Order(quant, prune=prune, draft="self", calib=text)) != out
+
+
+def logits_of(directory: Path) -> np.ndarray:
+    """For what follows some token."""
+    return session_scorer(Session(open_artifact(directory), threads=1))(np.arange(9), 1)[0]
 
 
 def test_the_plan_says_what_would_go(tiny_llama_dir: Callable[..., Path], exported_once: None) -> None:

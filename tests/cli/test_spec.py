@@ -8,12 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsopt.cli.main import app
 from dsopt.cli.spec_bench import read_prompts
+from dsopt.cli.writers import speculation_record, stats_line
+from dsopt.runtime.curve import VerifyCurve
+from dsopt.runtime.drafters.ngram import NgramDrafter
 from dsopt.runtime.errors import DsoptError, UsageError
+from dsopt.runtime.scheduler import Scheduler
+from dsopt.runtime.speculate import Speculation
 
 DSOPT = str(Path(sys.executable).with_name("dsopt"))
 COLUMNS = [
@@ -91,6 +97,21 @@ def test_stats_tell_what_was_accepted_and_gained(generate: Callable[..., tuple[s
     assert (told["draft"], told["exact"], told["proposed_tokens"], told["rounds"]) == ("none", True, 0, 59)
     assert "exact, which makes a step " in err
     assert "speculation" not in json.loads(generate("--json")[0])["stats"]
+
+
+def test_stats_tell_what_was_computed_again() -> None:
+    speculation = Speculation(NgramDrafter(), Scheduler(VerifyCurve((1, 2), 1, (1.0, 1.5), 2, (1.0, 1.5), (2,))))
+    speculation.tally.propose(1)
+    stats: dict[str, Any] = dict.fromkeys(("prompt_tokens", "answer_tokens", "cached_tokens", "threads"), 1)
+    for what in ("prompt", "answer"):
+        stats |= {f"{what}_seconds": 1.0, f"{what}_tokens_per_second": 1.0}
+    for count, said in ((0, False), (280, True)):
+        speculation.tally.reread_tokens = count
+        stats |= {"first_token_seconds": None, "speculation": speculation_record(speculation)}
+        assert stats["speculation"]["reread_tokens"] == count
+        line = stats_line({"stats": stats, "seed": 0})
+        assert ("280 cached tokens computed again for the drafter" in line) == said
+        assert ("computed again" in line) == said
 
 
 def test_drafted_tokens_are_marked(generate: Callable[..., tuple[str, str]]) -> None:

@@ -70,7 +70,7 @@ WRONG: dict[str, tuple[Change, dict[str, Any], str]] = {
     "extra bias": (
         replace("model.layers.0.self_attn.q_proj.bias", np.zeros(32, np.float32)),
         {},
-        "q_proj.bias",
+        "linear layers with a bias are not supported: model.layers.0.self_attn.q_proj.bias",
     ),
     "one layer too many": (lambda _: None, {"num_hidden_layers": 1}, "model.layers.1"),
     "one layer too few": (lambda _: None, {"num_hidden_layers": 3}, "model.layers.2"),

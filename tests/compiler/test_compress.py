@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from search_tiny import made_up
 
 from dsopt.compiler import compress as compressing
 from dsopt.compiler import outcome
+from dsopt.compiler import sites as pricing
 from dsopt.compiler import study as studying
 from dsopt.compiler.checkpoint import Checkpoint, open_checkpoint
 from dsopt.compiler.compress import compress
@@ -20,6 +22,7 @@ from dsopt.compiler.outcome import preview
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.reference import Reference
 from dsopt.compiler.search import Assignment, Goal, solve
+from dsopt.compiler.sites import Choice
 from dsopt.compiler.study import Study, study
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.errors import DsoptError
@@ -27,14 +30,6 @@ from dsopt.runtime.quality import Comparison, session_scorer
 from dsopt.runtime.session import Session
 
 TEXT = np.random.default_rng(0).integers(0, 256, (16, 32))
-SPEEDS = {"w7a8": 0.8, "w8a8": 1, "w7a8-token": 1.1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3,
-          "int8-b64": 3.9, "int8": 4}  # fmt: skip
-
-
-def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Sequence[Format], **_: Any) -> KernelTable:
-    """Times without a clock."""
-    cells = {(n, k, str(f), m): 1e-9 * n * k * m**0.5 * SPEEDS[str(f)] for n, k in shapes for f in forms for m in rows}
-    return KernelTable({"device": "none"}, cells, {1: 1e-6})
 
 
 @pytest.fixture
@@ -127,8 +122,8 @@ def test_the_price_of_a_head_is_that_of_its_embedding_too(
     assert 0.4 < found.sites[-1].prices[four] / divergence(checkpoint, tmp_path / "out") < 2.5
 
 
-def test_values_are_rotated_unless_a_file_has_their_codes(
-    studied: Callable[..., tuple[Checkpoint, Study]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_values_are_rotated_where_that_is_cheapest(
+    studied: Callable[..., tuple[Checkpoint, Study]], tmp_path: Path
 ) -> None:
     goal, out = Goal(0.05), tmp_path / "out"
     checkpoint, found = studied(goal)
@@ -140,11 +135,26 @@ def test_values_are_rotated_unless_a_file_has_their_codes(
         f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)
     ]
     assert divergence(checkpoint, out) == pytest.approx((made.quality or {})["kld_mean"], rel=1e-3)
-    assignment = solve(found.sites, found.options(goal), goal.loss)
-    assert assignment is not None
-    monkeypatch.setattr(compressing, "is_exact", lambda tensor, form: ".0.self_attn.v_proj" in tensor.name)
-    kept = compressing.rotated_sites(checkpoint, found.sites, assignment)
-    assert kept == {"model.layers.1.self_attn.o_proj"}
+
+
+def test_values_that_keep_the_codes_of_a_file_are_not_rotated(
+    studied: Callable[..., tuple[Checkpoint, Study]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Format.parse("int4-min")
+    monkeypatch.setattr(pricing, "is_exact", lambda t, form: ".0.self_attn.v_proj" in t.name and form == own)
+    goal = Goal(5.0)
+    _, found = studied(goal)
+    q, o = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"
+    assert {site.name: site.kept for site in found.sites if site.kept} == {o: (q, own)}
+    for site in found.sites:
+        if site.name == q:
+            site.prices = {Choice(own): 0.0}
+        elif site.name.endswith("o_proj"):  # rotated, the fastest costs nothing
+            site.prices = {choice: 0.0 if choice.rotated else price for choice, price in site.prices.items()}
+    made = solve(found.sites, found.options(goal), goal.loss)
+    assert made is not None
+    assert [name for name, choice in made.choices.items() if choice.rotated] == ["model.layers.1.self_attn.o_proj"]
+    assert set(made.choices) == {site.name for site in found.sites}
 
 
 def test_seven_bits_are_rounded_as_they_were_priced(

@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from search_tiny import made_up
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dsopt.compiler import build
@@ -17,18 +18,18 @@ from dsopt.compiler.checkpoint import Checkpoint, open_checkpoint
 from dsopt.compiler.compress import compress
 from dsopt.compiler.corpus import HELD
 from dsopt.compiler.judge import Judge
-from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.outcome import preview
 from dsopt.compiler.pruning.options import Pruning
 from dsopt.compiler.pruning.pruned import Pruned, prune
 from dsopt.compiler.pruning.spelling import joined
-from dsopt.compiler.recipe import Format, Recipe
+from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.reference import Reference
 from dsopt.compiler.search import Goal
 from dsopt.compiler.stream import BlockStream
 from dsopt.compiler.study import Study, study
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.errors import DsoptError
+from dsopt.runtime.files import cache_dir
 from dsopt.runtime.quality import Comparison, session_scorer
 from dsopt.runtime.session import Session
 
@@ -41,13 +42,6 @@ WORDS = (
     "knows the captain by name. In winter nothing moves for days; then people read what they have read before.\n"
 )
 OTHER = "Ελλάδα while (++counter < maximum) { values[counter] = function(pointer); } return self.__init__;\n"
-SPEEDS = {"w7a8": 0.8, "w8a8": 1, "w7a8-token": 1.1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3,
-          "int8-b64": 3.9, "int8": 4}  # fmt: skip
-
-
-def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Sequence[Format], **_: Any) -> KernelTable:
-    cells = {(n, k, str(f), m): 1e-9 * n * k * m**0.5 * SPEEDS[str(f)] for n, k in shapes for f in forms for m in rows}
-    return KernelTable({"device": "none"}, cells, {1: 1e-6})
 
 
 def trained() -> Tokenizer:
@@ -83,11 +77,8 @@ def pruned(tiny_llama_dir: Callable[..., Path], exported_once: None, tmp_path: P
 
 def stream_logits(checkpoint: Checkpoint, ids: np.ndarray) -> np.ndarray:
     stream = BlockStream(checkpoint)
-    x = stream.embed(ids[None])
     with torch.inference_mode():
-        for layer in range(stream.depth):
-            x = stream.block(layer)(x, *stream.state(layer, *x.shape[:2]))[0]
-        return np.asarray(stream.head()(x)[0])
+        return np.asarray(stream.head()(stream.run(ids[None]))[0])
 
 
 @pytest.mark.parametrize("text", ["layers=1", "blocks=3", "ffn=30%", "kv=1", "layers=1,blocks=1,ffn=20%,kv=1,vocab"])
@@ -213,7 +204,7 @@ def test_both_stages_keep_the_budget_together(
     assert 0 < taken < chosen["measured"] <= goal.loss
     assert chosen["measured"] == pytest.approx(manifest.quality["kld_mean"])
     assert chosen["loss"] > taken
-    assert lines[0] == f"pruning took {taken:.4f} of 3 nats"
+    assert lines[0] == f"pruning took {taken:.4f} nats of the 3 nats allowed"
     assert manifest.pruning["text"] == text
     assert len({node["format"] for node in manifest.nodes}) > 1
     look = preview(found, goal)
@@ -239,6 +230,11 @@ def test_pruning_that_takes_it_all(
     with pytest.raises(DsoptError, match=r"--prune alone loses .* --max-quality-loss allows 0.001") as caught:
         study(made.whole, TEXT, goal, pruned=made)
     assert "\n" not in str(caught.value)
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "compare", lambda *_: {"ln_ppl_ratio": np.log(1.0346)})
+        with pytest.raises(DsoptError, match=r"--prune alone loses 3\.46 % of perplexity, .* allows 2 %;"):
+            study(made.whole, TEXT, Goal.parse("2%", None, "chat"), pruned=made)
+    assert not (cache_dir() / "statistics").exists()  # said before anything is learnt of what is left
     found = study(made.whole, TEXT, goal, pruned=made, allow_miss=True)
     nearly_all = dataclasses.replace(found, lost={goal.quantity: 0.95 * goal.loss})
     assert nearly_all.left(goal).loss == pytest.approx(0.05 * goal.loss)  # not a little more than there is

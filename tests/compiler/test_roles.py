@@ -6,9 +6,12 @@ from typing import Any
 
 import onnx_ir as ir
 import pytest
+import torch
+from conftest import CONFIG
 
 from dsopt.compiler import build
 from dsopt.compiler.checkpoint import open_checkpoint
+from dsopt.compiler.export import export
 from dsopt.compiler.models import llama
 from dsopt.compiler.passes.normalize_linears import NormalizeLinears
 from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
@@ -43,6 +46,25 @@ def test_every_linear_layer_has_its_role(tied: bool, clean: Callable[..., ir.Mod
     sizes = {linear.role: linear.size for linear in linears}
     assert (sizes["q"], sizes["k"], sizes["o"]) == ((32, 32), (16, 32), (32, 32))
     assert (sizes["up"], sizes["down"]) == ((64, 32), (32, 64))
+
+
+@pytest.mark.parametrize(
+    "name", [*(f"self_attn.{leaf}_proj" for leaf in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "lm_head"]
+)
+def test_a_bias_is_refused(name: str, clean: Callable[..., ir.Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the graph of a family that has one: no rewrite carries it."""
+
+    class Biased(llama.Model):
+        def __init__(self, config: llama.Config) -> None:
+            super().__init__(config)
+            whole = name if name == "lm_head" else f"model.layers.0.{name}"
+            before = self.get_submodule(whole)
+            self.set_submodule(whole, torch.nn.Linear(before.in_features, before.out_features))  # type: ignore[arg-type]
+
+    model = export(Biased, llama.Config.from_dict({**CONFIG, "num_hidden_layers": 1}))
+    NormalizeLinears()(model)
+    with pytest.raises(DsoptError, match=rf"{name}\.weight is followed by a bias"):
+        find_linears(model.graph)
 
 
 def linear(graph: ir.Graph, name: str) -> ir.Node:

@@ -1,5 +1,6 @@
 """Choices against brute force; rounds with a measurement that is made up."""
 
+import dataclasses
 import itertools
 import math
 
@@ -72,6 +73,38 @@ def test_the_fastest_within_a_loss(seed: int, share: float) -> None:
     # Losses are rounded up to bins: the best of a hair less is never missed.
     assert fastest(found, loss) * (1 - 1e-9) <= made.seconds <= fastest(found, loss * 0.998) * (1 + 1e-9)
     assert solve(sites, found, 0.99 * least) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_choices_that_exclude_each_other(seed: int) -> None:
+    """One of the second site's choices is ruled out by one of the first's, against brute force."""
+    sites, found = instance(seed, 4)
+    turned = [dataclasses.replace(o, choice=dataclasses.replace(o.choice, rotated=True)) for o in found[2]]
+    found[2] += [dataclasses.replace(o, loss=0.3 * o.loss) for o in turned]
+    free = solve(sites, found, 0.02)
+    assert free is not None
+    sites[2].kept = ("site-0", free.choices["site-0"].format)
+    made = solve(sites, found, 0.02)
+    assert made is not None
+    check(made, sites, found)
+    assert not (made.choices["site-0"] == free.choices["site-0"] and made.choices["site-2"].rotated)
+    least = math.inf
+    for picks in itertools.product(*found):
+        clash = picks[0].choice == free.choices["site-0"] and picks[2].choice.rotated
+        if not clash and sum(o.loss for o in picks) <= 0.998 * 0.02:
+            least = min(least, sum(o.seconds for o in picks))
+    assert made.loss <= 0.02
+    assert made.seconds <= least * (1 + 1e-9)
+
+
+def test_what_a_rotation_beats_is_still_offered_where_it_may_be_ruled_out() -> None:
+    form = Format.parse("w8a8")
+    plain, turned = Choice(form), Choice(form, rotated=True)
+    table = KernelTable({}, {(64, 64, "w8a8", m): 1e-6 for m in (1, 5, 128)}, {1: 1e-6})
+    site = Site("o", ("o",), 0, 64, 64, {plain: 2.0, turned: 1.0})
+    assert [[option.choice for option in offered] for offered in options([site], table, "decode")] == [[turned]]
+    site.kept = "v", form
+    assert [[option.choice for option in offered] for offered in options([site], table, "decode")] == [[plain, turned]]
 
 
 def test_the_fastest_within_a_size_too() -> None:
@@ -206,6 +239,13 @@ def test_goals() -> None:
     percent = Goal.parse("2%", "1.5 GB", "prefill")
     assert percent.loss == pytest.approx(math.log(1.02))
     assert (percent.size, percent.quantity) == (1_500_000_000, "ln_ppl_ratio")
+
+
+def test_a_loss_is_told_in_the_unit_of_the_budget() -> None:
+    nats, percent = Goal(0.0125), Goal.parse("2%", None, "chat")
+    assert (nats.budget, nats.said(0.02)) == ("0.0125 nats", "0.0200 nats")
+    assert (percent.budget, percent.said(math.log(1.0346))) == ("2 %", "3.46 % of perplexity")
+    assert percent.said(1e6).endswith("% of perplexity")  # a model that knows nothing any more
 
 
 @pytest.mark.parametrize(
