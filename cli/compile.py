@@ -28,7 +28,9 @@ def compile_command(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Directory to write. [default: in the cache]")] = None,
     quant: Annotated[
         str,
-        typer.Option(help="auto, none, int4, int8, w8a8, fp8; int4-zp, int8-b64, ...; then ROLE=FORMAT by commas."),
+        typer.Option(
+            help="auto, none, int4, int8, w8a8, w7a8, fp8; int4-zp, int8-b64, ...; then ROLE=FORMAT by commas."
+        ),
     ] = "auto",
     target: Annotated[
         str, typer.Option(help="cpu or cuda: what will run it. [default: what this machine has]", show_default=False)
@@ -126,14 +128,14 @@ def _search(job: Job, goal: "Goal", directory: Path) -> None:
 
 
 def _study(job: Job, goal: "Goal") -> "Study":
-    from dsopt.compiler.corpus import read_text, read_windows, self_windows
+    from dsopt.compiler.corpus import read_windows, self_windows
     from dsopt.compiler.setting import Setting
     from dsopt.compiler.study import study
 
     setting = Setting.open(job.checkpoint, job.target, job.recipe.dtype, job.times())
     if job.order.calib:
         windows = read_windows(job.order.calib, job.checkpoint)
-        if job.pruning.vocab and read_text(job.order.calib).strip() in job.pruning.read_corpus():
+        if job.pruning.vocab and _is_part(job.order.calib, job.pruning.vocab):
             warn(
                 "dsopt: --calib is part of the text by which vocab= chooses tokens: other text loses more than what is "
                 "measured on it; leave --calib out, or give another one"
@@ -143,6 +145,14 @@ def _study(job: Job, goal: "Goal") -> "Study":
             windows = self_windows(job.checkpoint, progress)
     pruned = _prune(job, windows) if job.pruning else None
     return study(job.checkpoint, windows, goal, _stage, setting, pruned, allow_miss=job.order.allow_miss)
+
+
+def _is_part(calib: Path, corpus: Path) -> bool:
+    """Whether the text of one file, both were read before, is in the other."""
+    from dsopt.compiler.corpus import read_text
+
+    whole = corpus.read_text(encoding="utf-8")
+    return any(text.strip() in whole for text in (calib.read_text(encoding="utf-8"), read_text(calib)))
 
 
 def _prune(job: Job, windows: "np.ndarray") -> "Pruned":

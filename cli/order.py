@@ -116,8 +116,8 @@ class Job:
             return f"{text} calib={_digest(self.order.calib, _TEXTS)}" if self.order.calib else text
         # However numbers were spelled: orders of the same model meet.
         number, percent = self.order.budget.rstrip("% "), self.order.budget.endswith("%")
-        words = ["auto", f"loss={float(number):g}{'%' * percent}", f"for={self.order.workload}"]
-        words += [f"size={self.goal.size / 1e6:g}MB"] if self.goal.size else []
+        words = ["auto", f"loss={float(number):.12g}{'%' * percent}", f"for={self.order.workload}"]
+        words += [f"size={self.goal.size / 1e6:.12g}MB"] if self.goal.size else []
         if self.order.calib:
             words.append(f"calib={_digest(self.order.calib, _TEXTS)}")
         if self.order.profile:

@@ -33,6 +33,7 @@ ROUNDS = 3
 _OPTIMISM = 1.8  # what builds lose beside their estimates, before one was measured: 1.5 to 2.0 on SmolLM2
 _BINS = 4000  # of the budget; a loss is rounded up to the next
 _ENDLESS = 100.0  # nats; a perplexity that is larger yet has no use as a number
+_HALVINGS = 7  # of the range in which the least loss lies
 _PRICINGS = 24  # bisections of the price on bytes
 
 
@@ -288,11 +289,11 @@ def search(
     """
     rounds: list[Round] = []
     for _ in range(ROUNDS):
-        # Where nothing fits, estimates may be too high: try the least loss that fits the size, and let the measurement
-        # decide.
         budget = _budget(rounds, goal.loss)
-        made = solve(sites, found, budget, goal.size) or _gentlest(sites, found, goal, budget)
-        if any(made.choices == before.assignment.choices for before in rounds):
+        made = solve(sites, found, budget, goal.size)
+        if made is None:  # estimates may be too high: let the measurement decide
+            made = _gentler(sites, found, goal, budget, rounds) if rounds else _gentlest(sites, found, goal)
+        if made is None or any(made.choices == before.assignment.choices for before in rounds):
             break
         rounds.append(Round(made, measure(made)))
         if 0.85 * goal.loss <= rounds[-1].measured <= goal.loss:
@@ -321,8 +322,28 @@ def _budget(rounds: Sequence[Round], loss: float) -> float:
     return aim * estimated / measured
 
 
-def _gentlest(sites: Sequence[Site], found: Sequence[Sequence[Option]], goal: Goal, budget: float) -> Assignment:
-    """Of more expected loss than `budget`, as little more as can be."""
+def _gentler(
+    sites: Sequence[Site], found: Sequence[Sequence[Option]], goal: Goal, budget: float, rounds: Sequence[Round]
+) -> Assignment | None:
+    """Of nearly the least expected loss that there is, more than `budget`; None where that is not less than missed."""
+    missed = [r.assignment.loss for r in rounds if r.measured > goal.loss]
+    if not missed:
+        return None
+    low, high = budget, min(missed) * (1 - 1e-6)
+    best = solve(sites, found, high, goal.size)
+    for _ in range(_HALVINGS if best else 0):
+        middle = math.sqrt(low * high)
+        made = solve(sites, found, middle, goal.size)
+        if made is None:
+            low = middle
+        else:
+            best, high = made, middle
+    return best
+
+
+def _gentlest(sites: Sequence[Site], found: Sequence[Sequence[Option]], goal: Goal) -> Assignment:
+    """Of little more expected loss than the least that there is."""
+    budget = goal.loss
     for _ in range(20):
         budget *= 1.6
         made = solve(sites, found, budget, goal.size)

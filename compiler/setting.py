@@ -32,7 +32,7 @@ class Setting:
             arithmetic, device = _without_device(arithmetic, checkpoint, dtype, missing, table), "cpu"
         if table is not None:
             arithmetic = _timed(arithmetic, table, target, dtype)
-        elif not adds_in_16_bits():
+        elif any(f.bits == 7 for f in arithmetic.formats) and not adds_in_16_bits():
             arithmetic = dataclasses.replace(arithmetic, formats=tuple(f for f in arithmetic.formats if f.bits != 7))
         return cls(target, dtype, arithmetic, device, table)
 

@@ -145,11 +145,15 @@ class Pricer:
         inputs = self.statistics.input(site.name)
         formats = offered_formats(k, self.arithmetic)
         feedback = cache(lambda: error_feedback(inputs.gram, *_fed_back_blocks(formats)))
+        heads = self._heads(layer, seen)
+        in_basis = cache(lambda alpha, head: _feedback_in(inputs.gram, _channel_scales(site, alpha, heads), head))
         for form in formats:
             if form.kernel == "w8a8":
                 if first in _UNLIKE or not form.per_token:
-                    add_prices = self._price_smoothed if form.bits == 8 else self._price_fed_back
-                    add_prices(site, linears, inputs, form, self._heads(layer, seen))
+                    if form.bits == 8:
+                        self._price_smoothed(site, linears, inputs, form, heads)
+                    else:
+                        self._price_fed_back(site, linears, form, heads, in_basis)
             else:
                 exact = [self._is_exact(module, form) for module in modules]
                 weights = _rounded(linears, exact, form, feedback, self.arithmetic.floats)
@@ -209,28 +213,39 @@ class Pricer:
         self,
         site: Site,
         linears: list[Observed],
-        inputs: InputStatistics,
         form: Format,
         heads: tuple[int, int] | None,
+        feedback: Callable[[float | None, int | None], Feedback],
     ) -> None:
-        """With fewer bits than 8 weights are rounded by GPTQ, which takes time: in the way that was best with 8."""
+        """With fewer bits than 8 weights are rounded by GPTQ, which takes time: in the way that was best with 8.
+
+        `feedback` is for inputs smoothed by an alpha and rotated in heads of a size.
+        """
         known = {choice: price for choice, price in site.prices.items() if choice.format == replace(form, bits=8)}
         best = replace(min(known, key=known.__getitem__), format=form) if known else Choice(form)
-        scales = torch.ones(site.k) if best.alpha is None else site.scales[best.alpha]
-        whole = repeat_channels(scales, *heads) if heads and len(scales) < site.k else scales
-        smoothed = smoothed_gram(inputs.gram, whole)
-        for rotated in {best.rotated, False}:  # a rotation may be dropped, where the codes of values are a file's
+        for rotated in {best.rotated, False}:  # values that keep the codes of a file are not rotated
             head = site.k // heads[0] if heads and rotated else None
-            gram = smoothed if head is None else rotated_gram(smoothed, head)
             price = _dynamic(
                 linears,
-                whole,
+                _channel_scales(site, best.alpha, heads),
                 per_token=form.per_token,
                 head=head,
                 bits=form.bits,
-                by=error_feedback(gram, GPTQ_COLUMNS),
+                by=feedback(best.alpha, head),
             )
             site.prices[replace(best, rotated=rotated)] = price
+
+
+def _channel_scales(site: Site, alpha: float | None, heads: tuple[int, int] | None) -> Tensor:
+    """What each input of the site is divided by, [K]; where heads share a smoothing its channels are repeated."""
+    scales = torch.ones(site.k) if alpha is None else site.scales[alpha]
+    return repeat_channels(scales, *heads) if heads and len(scales) < site.k else scales
+
+
+def _feedback_in(gram: Tensor, scales: Tensor, head: int | None) -> Feedback:
+    """Of inputs that are divided by `scales` and rotated in heads of so many channels."""
+    gram = smoothed_gram(gram, scales)
+    return error_feedback(gram if head is None else rotated_gram(gram, head), GPTQ_COLUMNS)
 
 
 def offered_formats(k: int, arithmetic: Arithmetic = CPU) -> list[Format]:

@@ -13,7 +13,7 @@ from typing import Any
 from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.files import sha256_file
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "dsopt.json"
 GRAPH, WEIGHTS = "model.onnx", "model.onnx.data"
 

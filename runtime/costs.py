@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dsopt.runtime.drafters.curve import DraftCurve
+from dsopt.runtime.session import PREFILL_CHUNK
 
 MOST = 31  # tokens of a draft: the verify curve ends at 32 rows
 RATE = 0.1  # weight of the newest observation in a running mean
@@ -14,17 +15,20 @@ class Pace:
 
     def __init__(self) -> None:
         self._all, self._seen = 1.0, 0
-        self._widths: dict[int, float] = {}
+        self._widths = np.ones(PREFILL_CHUNK + 1)
 
     def of(self, width: int) -> float:
-        return self._all * self._widths.get(width, 1.0)
+        return self._all * float(self._widths[width])
+
+    def of_each(self, widths: NDArray[np.int64]) -> NDArray[np.float64]:
+        return self._all * self._widths[widths]
 
     def observe(self, width: int, ratio: float) -> None:
         """`ratio`: what a run took against what was expected."""
         ratio = min(max(ratio, 0.5), 2.0)  # one hiccup says little
         self._seen += 1
         self._all *= ratio ** max(RATE / 2, 1 / (self._seen + 1))  # the machine may be another one than it was
-        self._widths[width] = self._widths.get(width, 1.0) * ratio ** (RATE / 2)
+        self._widths[width] *= ratio ** (RATE / 2)
 
 
 class DraftCost:

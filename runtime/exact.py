@@ -42,17 +42,17 @@ def exact_cost(curve: VerifyCurve, widths: tuple[int, ...]) -> float:
 
 
 def check_exact(artifact: Artifact) -> None:
-    """Raises DsoptError where rows look at each other: w8a8 has one activation scale for all of a run."""
+    """Raises DsoptError where rows look at each other: w8a8 and w7a8 have one activation scale for all of a run."""
     if mixed := mixes_rows(artifact):
         raise DsoptError(
-            f"--exact: {artifact.directory} has {mixed} w8a8 layers, in which a token depends on those computed with "
-            "it; compile it with --quant int8"
+            f"--exact: {artifact.directory} has {mixed} w8a8 or w7a8 layers, where a token depends on those computed "
+            "with it; compile it with --quant int8"
         )
 
 
 def mixes_rows(artifact: Artifact) -> int:
     """The number of layers in which the rows of a run depend on one another."""
-    return sum(str(node["format"]).startswith("w8a8") for node in artifact.manifest.nodes)
+    return sum(str(node["format"]).startswith(("w8a8", "w7a8")) for node in artifact.manifest.nodes)
 
 
 def _expected(width: int) -> float:

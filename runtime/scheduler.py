@@ -81,6 +81,9 @@ class Scheduler:
         self._curve, self._widths, self.reader = curve, widths, reader
         self._share = _SHARED_LOSS if reader and reader.beside else _LOSS
         self._lines: dict[int, tuple[float, float]] = {}  # of the curve, by width
+        # Of runs that verify 1 to MOST tokens, which are asked for together: rows, and lines of the curve.
+        self._rows = np.array([padded(widths, drafted + 1) for drafted in range(1, MOST + 1)])
+        self._shallow, self._slope = np.array([curve.line(int(rows)) for rows in self._rows]).T
         self._pace = Pace()
         self._cost = DraftCost(reader.curve if reader else None)
         self._survival = np.cumprod(np.full(MOST, _SURVIVAL))
@@ -166,8 +169,6 @@ class Scheduler:
         step, left = self._seconds(0, depth), self._grant(depth) - self._lost
         if self.reader is None and self._cost.of(room) < _FREE * step:
             return self.ask_free(depth, room)
-        if self._cost.of(1) + self._seconds(1, depth) - step > left:
-            return 0  # not even one, as in most rounds of a drafter that loses: so asked first
         rates, risks = self._prospects(depth, room)
         borne = risks <= left
         return int(np.argmax(np.where(borne, rates, 0))) + 1 if borne.any() else 0
@@ -262,7 +263,9 @@ class Scheduler:
 
     def _prospects(self, depth: int, room: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Of rounds that draft 1 to `room` tokens: tokens a second, and seconds lost where none is accepted."""
-        seconds = self._cost.up_to(room) + [self._seconds(n, depth) for n in range(1, room + 1)]
+        deeper = max(depth - self._curve.depth, 0)
+        runs = (self._shallow[:room] + self._slope[:room] * deeper) * self._pace.of_each(self._rows[:room])
+        seconds = self._cost.up_to(room) + runs
         tokens = 1 + np.cumsum(self._survival[:room])
         return tokens / seconds, seconds - self._seconds(0, depth)
 

@@ -103,6 +103,7 @@ class _Loop:
         """Bring cache and drafter to the prompt's end; its logits, None when cancelled."""
         cache, prompt = self._cache, self.history
         cache.trim(min(cache.length, len(prompt) - 1))
+        self._mixed = cache.length > 0  # how that was computed is not known
         self._begin(limit)
         cache.reserve(len(prompt))
         far = self._scheduler.too_far(len(prompt))

@@ -213,11 +213,26 @@ def test_the_last_round_keeps_its_distance() -> None:
     assert best is rounds[-1]
 
 
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("miss", [2, 3, 8])
+def test_after_a_miss_less_loss_is_expected(seed: int, miss: float) -> None:
+    """Down to about the least that there is, and never more again."""
+    sites, found = instance(seed, 12)
+    least = sum(min(o.loss for o in offered) for offered in found)
+    best, rounds = search(sites, found, Goal(1.3 * least), lambda made: miss * made.loss)
+    assert best is None
+    assert len(rounds) > 1
+    losses = [r.assignment.loss for r in rounds]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 1.05 * least
+
+
 def test_where_all_miss_there_is_none() -> None:
     sites, found = instance(1, 12)
     best, rounds = search(sites, found, Goal(0.2), lambda made: 9.0)
     assert best is None
-    assert rounds
+    losses = [r.assignment.loss for r in rounds]
+    assert losses == sorted(set(losses), reverse=True)
 
 
 def test_a_loss_below_all_estimates_is_tried_before_it_is_refused() -> None:
