@@ -146,7 +146,12 @@ class Pricer:
         formats = offered_formats(k, self.arithmetic)
         feedback = cache(lambda: error_feedback(inputs.gram, *_fed_back_blocks(formats)))
         heads = self._heads(layer, seen)
-        in_basis = cache(lambda alpha, head: _feedback_in(inputs.gram, _channel_scales(site, alpha, heads), head))
+
+        @cache
+        def in_basis(alpha: float | None, head: int | None) -> Feedback:
+            gram = smoothed_gram(inputs.gram, _channel_scales(site, alpha, heads))
+            return error_feedback(rotated_gram(gram, head), GPTQ_COLUMNS)
+
         for form in formats:
             if form.kernel == "w8a8":
                 if first in _UNLIKE or not form.per_token:
@@ -242,12 +247,6 @@ def _channel_scales(site: Site, alpha: float | None, heads: tuple[int, int] | No
     return repeat_channels(scales, *heads) if heads and len(scales) < site.k else scales
 
 
-def _feedback_in(gram: Tensor, scales: Tensor, head: int | None) -> Feedback:
-    """Of inputs that are divided by `scales` and rotated in heads of so many channels."""
-    gram = smoothed_gram(gram, scales)
-    return error_feedback(gram if head is None else rotated_gram(gram, head), GPTQ_COLUMNS)
-
-
 def offered_formats(k: int, arithmetic: Arithmetic = CPU) -> list[Format]:
     """What rows of k weights can have. With 8 bits the largest two blocks: smaller ones cost time and spare no loss."""
     fitting = [form for form in arithmetic.formats if form.kernel != "nbits" or k % form.block == 0]
@@ -335,7 +334,7 @@ def _dynamic(
     `per_token`: each row was divided by its largest value before. `head`: so many channels each are rotated before.
     `by`: what GPTQ rounds the weights by.
     """
-    x, pieces = _in_basis(linears[0].x / scales, head), []
+    x, pieces = rotated_columns(linears[0].x / scales, head), []
     largest = x.abs().amax(1, keepdim=True).clamp_min(1e-20) if per_token else torch.ones(len(x), 1)
     for rows in (x / largest).split(PREFILL_CHUNK):
         low, high = rows.amin().clamp_max(0), rows.amax().clamp_min(0)
@@ -343,15 +342,10 @@ def _dynamic(
         zero = (-low / step).round()
         pieces.append(((rows / step).round() + zero).clamp(0, 255).sub(zero) * step)
     x = torch.cat(pieces) * largest
-    w = _in_basis(torch.cat([linear.w for linear in linears]) * scales, head)
+    w = rotated_columns(torch.cat([linear.w for linear in linears]) * scales, head)
     codes, steps = round_columns(w, by, bits) if by else quantize_columns(w, bits)
     parts = (codes.float() * steps[:, None]).split([len(linear.w) for linear in linears])
     return sum(linear.cost(x @ part.T) for linear, part in zip(linears, parts, strict=True))
-
-
-def _in_basis(x: Tensor, head: int | None) -> Tensor:
-    """Columns [.., K] as `rotation.Rotated` has them."""
-    return x if head is None else rotated_columns(x, head)
 
 
 def _rounded(
