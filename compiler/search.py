@@ -94,12 +94,20 @@ def _bytes(size: str | None) -> int | None:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A choice for each site, by the site's name; expected loss in nats, seconds of the workload, bytes."""
+    """A choice for each of some sites, by the site's name; expected loss in nats, seconds of the workload, bytes."""
 
     choices: dict[str, Choice]
     loss: float
     seconds: float
     nbytes: int
+
+    def __add__(self, other: "Assignment") -> "Assignment":
+        return Assignment(
+            {**self.choices, **other.choices},
+            self.loss + other.loss,
+            self.seconds + other.seconds,
+            self.nbytes + other.nbytes,
+        )
 
 
 @dataclass(frozen=True)
@@ -110,25 +118,7 @@ class Option:
     nbytes: int
 
 
-@dataclass(frozen=True)
-class _Joint:
-    """Choices that are made together, by the site's name, and what they come to."""
-
-    choices: Mapping[str, Choice]
-    loss: float
-    seconds: float
-    nbytes: int
-
-    def __add__(self, other: "_Joint") -> "_Joint":
-        return _Joint(
-            {**self.choices, **other.choices},
-            self.loss + other.loss,
-            self.seconds + other.seconds,
-            self.nbytes + other.nbytes,
-        )
-
-
-_Priced = TypeVar("_Priced", Option, _Joint)
+_Priced = TypeVar("_Priced", Option, Assignment)
 
 
 def rows_of(workload: str, target: str = "cpu") -> dict[int, int]:
@@ -182,10 +172,10 @@ def _undominated(found: list[_Priced]) -> list[_Priced]:
     return [one for one, worse in zip(found, is_worse, strict=True) if not worse]
 
 
-def _joined(sites: Sequence[Site], found: Sequence[Sequence[Option]]) -> list[list[_Joint]]:
+def _joined(sites: Sequence[Site], found: Sequence[Sequence[Option]]) -> list[list[Assignment]]:
     """The options of each site, or of two together where the choice of one rules out some of the other's."""
     made = {
-        site.name: [_Joint({site.name: o.choice}, o.loss, o.seconds, o.nbytes) for o in offered]
+        site.name: [Assignment({site.name: o.choice}, o.loss, o.seconds, o.nbytes) for o in offered]
         for site, offered in zip(sites, found, strict=True)
     }
     for site in sites:
@@ -225,7 +215,7 @@ def solve(
     return best
 
 
-def _assign(found: Sequence[Sequence[_Joint]], loss: float, price: float) -> Assignment | None:
+def _assign(found: Sequence[Sequence[Assignment]], loss: float, price: float) -> Assignment | None:
     """By dynamic programming over the budget in bins: the least seconds + price x bytes for each loss so far."""
     least = np.zeros(_BINS + 1)
     picks: list[NDArray[np.int64]] = []
@@ -240,20 +230,15 @@ def _assign(found: Sequence[Sequence[_Joint]], loss: float, price: float) -> Ass
         picks.append(pick)
     if not np.isfinite(least[_BINS]):
         return None
-    chosen, left = list[_Joint](), _BINS
+    chosen, left = list[Assignment](), _BINS
     for offered, pick in zip(reversed(found), reversed(picks), strict=True):
         chosen.append(offered[pick[left]])
         left -= _bins(chosen[-1], loss)
     chosen.reverse()
-    return Assignment(
-        {name: choice for joint in chosen for name, choice in joint.choices.items()},
-        sum(option.loss for option in chosen),
-        sum(option.seconds for option in chosen),
-        sum(option.nbytes for option in chosen),
-    )
+    return sum(chosen[1:], chosen[0])
 
 
-def _bins(option: _Joint, loss: float) -> int:
+def _bins(option: Assignment, loss: float) -> int:
     return int(np.ceil(min(option.loss / loss, 2) * _BINS - 1e-9))
 
 
