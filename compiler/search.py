@@ -6,7 +6,7 @@ they missed, and the choice is made again; the best that held the budget wins. S
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
