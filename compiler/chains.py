@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dsopt.compiler.kernels import MICROSOFT, Part, linear_node, weight_parts
 from dsopt.compiler.passes.lower_precision import FLOATS
-from dsopt.compiler.passes.scale_rows import row_constants, row_scales
+from dsopt.compiler.passes.prepare_rows import prepared_rows, prepares_rows
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.targets import Target
 from dsopt.runtime.cuda import cuda_options
@@ -182,28 +182,25 @@ def linear_chain(form: Format, n: int, k: int, copies: int, target: Target, dtyp
         parts = [built.weight(f"{copy}.{part.name}", part) for part in weight_parts(form, n, k)]
         source = _means(built, x, form.block, copy) if form.minima else x
         node = linear_node(form, source, parts, n, k)
-        if form.per_token:
-            _per_token(built, node, x, copy)
+        if prepares_rows(form):
+            _prepare_rows(built, node, x, form, copy)
         else:
             built.node(node, [(f"y{copy}", [1, "rows", n])])
     return Chain(built, copies, target)
 
 
-def _per_token(built: _Builder, node: ir.Node, x: ir.Value, copy: int) -> None:
-    """The node between the operators that give each row a scale."""
-    constants = [built.graph.initializers.get(name) for name in ("rows.axes", "rows.smallest")]
-    before, divisor = row_scales(x, [c for c in constants if c is not None] or row_constants(built.graph))
-    node.replace_input_with(0, before[-1].outputs[0])
-    after = ir.node("Mul", [node.outputs[0], divisor])
-    for number, made in enumerate([*before, node]):
-        made.outputs[0].name = f"{number}.{copy}"
+def _prepare_rows(built: _Builder, node: ir.Node, x: ir.Value, form: Format, copy: int) -> None:
+    """The node between the operators that make its rows fit for 8 bits."""
+    k, n = (int(side) for side in node.inputs[1].shape)  # type: ignore[union-attr, arg-type]
+    rows = prepared_rows(built.graph, x, form, k)
+    node.replace_input_with(0, rows.output)
+    nodes = [*rows.nodes, node, *rows.after(node.outputs[0])]
+    last = nodes.pop()
+    for number, made in enumerate(nodes):
+        for output in made.outputs:
+            output.name = f"{number}.{output.index()}.{copy}"
         built.graph.append(made)
-    built.node(after, [(f"y{copy}", [1, "rows", _columns(node)])])
-
-
-def _columns(node: ir.Node) -> int:
-    """N of a linear layer whose codes are [K, N]."""
-    return int(node.inputs[1].shape[1])  # type: ignore[union-attr, index, arg-type]
+    built.node(last, [(f"y{copy}", [1, "rows", n])])
 
 
 def _means(built: _Builder, x: ir.Value, block: int, copy: int) -> ir.Value:

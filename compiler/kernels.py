@@ -13,7 +13,8 @@ import onnx_ir as ir
 from dsopt.compiler.recipe import Format
 
 MICROSOFT = "com.microsoft"
-PER_TOKEN = "dsopt.per_token"  # metadata of a DynamicQuantizeMatMul around which `ScaleRows` puts a scale for each row
+# Metadata of a DynamicQuantizeMatMul around which `PrepareRows` puts a scale for each row, or a rotation before it.
+PER_TOKEN, ROTATED = "dsopt.per_token", "dsopt.rotated"
 ACCURACY_LEVEL = 4  # activations to int8 per block: the only level with fast CPU kernels
 
 
@@ -65,7 +66,8 @@ def format_of(node: ir.Node) -> Format | None:
     words = {"FusedMatMul": "none", "MatMulBlockQuantizedFp8Weight": "fp8"}
     if node.op_type == "DynamicQuantizeMatMul":
         bits = 8 if len(node.inputs) > 3 else 7
-        return Format("w8a8", bits, per_token=bool(node.metadata_props.get(PER_TOKEN)))
+        per_token, rotated = (bool(node.metadata_props.get(mark)) for mark in (PER_TOKEN, ROTATED))
+        return Format("w8a8", bits, per_token=per_token, rotated=rotated)
     return Format.parse(words[node.op_type]) if node.op_type in words else None
 
 
@@ -78,7 +80,7 @@ def linear_node(form: Format, x: ir.Value | None, weights: Sequence[ir.Value], n
     if form.kernel == "none":
         return ir.node("FusedMatMul", [x, *weights], {"transB": 1}, domain=MICROSOFT)
     if form.kernel == "w8a8":
-        marks = {PER_TOKEN: "1"} if form.per_token else None
+        marks = {name: "1" for name, is_so in ((PER_TOKEN, form.per_token), (ROTATED, form.rotated)) if is_so}
         return ir.node("DynamicQuantizeMatMul", [x, *weights], domain=MICROSOFT, metadata_props=marks)
     if form.kernel == "fp8":
         return ir.node("MatMulBlockQuantizedFp8Weight", [x, *weights], {"block_size": form.block}, domain=MICROSOFT)

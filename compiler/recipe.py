@@ -11,6 +11,8 @@ The first word is the format of every linear layer; `ROLE=FORMAT` overrides it f
     w7a8            the same with 7 bits: for processors without VNNI, which are faster at signed weights but add two
                     products in 16 bits, where 8 bits may overflow. GPTQ makes up for most of the bit
     w8a8-token      w8a8 with a scale for each token, for inputs whose rows differ: of o and down; and w7a8-token
+    w8a8-rot        w8a8 of inputs that are rotated first, 64 channels together, so that none stands out among them;
+                    w8a8-token-rot for down, whose inputs no norm has made alike; and w7a8-rot, w7a8-token-rot
     fp8             float8 (e4m3) with a scale per 128 inputs: MatMulBlockQuantizedFp8Weight, on CUDA only
 
 with `-b16 ... -b256` for the block size (32 unless said). Roles are q k v o gate up down head embed and the groups
@@ -32,11 +34,13 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "w8a8-token": ("w8a8", 8, 0, False, False, True),
     "w7a8": ("w8a8", 7),
     "w7a8-token": ("w8a8", 7, 0, False, False, True),
+    **{f"w{bits}a8-rot": ("w8a8", bits, 0, False, False, False, True) for bits in (8, 7)},
+    **{f"w{bits}a8-token-rot": ("w8a8", bits, 0, False, False, True, True) for bits in (8, 7)},
     "fp8": ("fp8", 8, 128),
 }
 CACHES = ("float", "int8", "fp8")
 DTYPES = ("fp32", "fp16", "bf16")
-_FORMAT = re.compile(r"(none|w[78]a8-token|w[78]a8|fp8|int4|int8)(-zp|-min)?(?:-b(16|32|64|128|256))?")
+_FORMAT = re.compile(r"(none|w[78]a8(?:-token)?(?:-rot)?|fp8|int4|int8)(-zp|-min)?(?:-b(16|32|64|128|256))?")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class Format:
     zero_points: bool = False
     minima: bool = False  # a real one for each block; zero_points is set too
     per_token: bool = False  # of w8a8: a scale for each row of the activations
+    rotated: bool = False  # of w8a8: activations in another basis
 
     @classmethod
     def parse(cls, text: str) -> "Format":
@@ -85,7 +90,7 @@ class Format:
 
     def __str__(self) -> str:
         if self.kernel == "w8a8":
-            return f"w{self.bits}a8" + "-token" * self.per_token
+            return f"w{self.bits}a8" + "-token" * self.per_token + "-rot" * self.rotated
         if self.kernel != "nbits":
             return self.kernel
         offset = "-min" if self.minima else "-zp" * self.zero_points

@@ -15,36 +15,29 @@ from torch.func import functional_call
 
 from dsopt.compiler.calibrate import InputStatistics, Statistics
 from dsopt.compiler.checkpoint import Checkpoint
-from dsopt.compiler.gptq import Feedback, error_feedback, round_columns, round_weights
-from dsopt.compiler.passes.quantize_linears import GPTQ_COLUMNS, GPTQ_ROWS, is_exact
-from dsopt.compiler.quantizers import (
-    Blocks,
-    for_row_chunks,
-    quantize_blocks,
-    quantize_columns,
-    quantize_fp8,
-    quantize_minima,
-)
+from dsopt.compiler.gptq import Feedback, error_feedback
+from dsopt.compiler.passes.quantize_linears import GPTQ_COLUMNS, is_exact
 from dsopt.compiler.recipe import HEAD, Format
-from dsopt.compiler.rotation import rotated_columns, rotated_gram
+from dsopt.compiler.rotation import rotated_gram, run_time_block
+from dsopt.compiler.rounding import dynamic, nearest, quantize_activations, rounded, values_of
 from dsopt.compiler.sensitivity import Observed
 from dsopt.compiler.smoothing import column_maxima, repeat_channels, shared_channels, smoothed_gram, smoothing_scales
 from dsopt.compiler.stream import BlockStream
 from dsopt.compiler.targets import Target
 from dsopt.runtime.errors import DsoptError
-from dsopt.runtime.session import PREFILL_CHUNK
 
 FORMATS = tuple(
     Format.parse(text)
-    for text in ("w8a8", "w8a8-token", "w7a8", "w7a8-token", "int8", "int8-b64", "int8-b128", "int4-min", "int4-zp",
-                 "int4-zp-b64")
+    for text in (*(f"w{bits}a8{rows}{basis}" for bits in (8, 7) for rows in ("", "-token") for basis in ("", "-rot")),
+                 "int8", "int8-b64", "int8-b128", "int4-min", "int4-zp", "int4-zp-b64")
 )  # fmt: skip
 # Of a target whose kernels leave activations as they are, where its table has them.
 WEIGHT_ONLY = tuple(
     Format.parse(text)
     for text in ("none", "fp8", "int8", "int8-b128", "int4", "int4-b64", "int4-b128", "int4-zp", "int4-zp-b128")
 )
-ALPHAS = {False: (0.5, 0.65, 0.8), True: (0.65,)}  # where rows have scales of their own, channels need less
+ALPHAS = (0.5, 0.65, 0.8)
+_FEW_ALPHAS = (0.65,)  # where rows have scales of their own, or are rotated, channels need less
 _UNLIKE = ("o_proj", "down_proj")  # what reads rows that no norm has made alike
 _GROUPS = {"q_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",), "gate_proj": ("gate_proj", "up_proj"),
            "down_proj": ("down_proj",)}  # fmt: skip
@@ -154,14 +147,14 @@ class Pricer:
 
         for form in formats:
             if form.kernel == "w8a8":
-                if first in _UNLIKE or not form.per_token:
+                if _suits(form, first, heads):
                     if form.bits == 8:
                         self._price_smoothed(site, linears, inputs, form, heads)
                     else:
                         self._price_fed_back(site, linears, form, heads, in_basis)
             else:
                 exact = [self._is_exact(module, form) for module in modules]
-                weights = _rounded(linears, exact, form, feedback, self.arithmetic.floats)
+                weights = rounded(linears, exact, form, feedback, self.arithmetic.floats)
                 x = self.arithmetic.inputs(linears[0].x, form)
                 price = sum(seen.cost(x @ w.T) for seen, w in zip(linears, weights, strict=True))
                 site.prices[Choice(form)] = price
@@ -197,22 +190,22 @@ class Pricer:
     ) -> None:
         maxima, absmax = column_maxima([linear.w for linear in linears]), inputs.absmax
         is_context = site.name.endswith("o_proj")
+        block = run_time_block(site.k) if form.rotated else None
         if is_context and heads is None:
-            site.prices[Choice(form)] = _dynamic(linears, torch.ones_like(maxima), per_token=form.per_token)
+            site.prices[Choice(form)] = dynamic(linears, torch.ones_like(maxima), form, block)
             return
         heads = heads if is_context else None
         head = site.k // heads[0] if heads else None
         if heads:
             absmax, maxima = shared_channels(absmax, *heads), shared_channels(maxima, *heads)
-        for alpha in (None, *ALPHAS[form.per_token]):
+        for alpha in (None, *_alphas(form)):
             scales = torch.ones_like(maxima) if alpha is None else smoothing_scales(absmax, maxima, alpha)
             if alpha is not None:
                 site.scales[alpha] = scales
             whole = repeat_channels(scales, *heads) if heads else scales
-            site.prices[Choice(form, alpha)] = _dynamic(linears, whole, per_token=form.per_token)
+            site.prices[Choice(form, alpha)] = dynamic(linears, whole, form, block)
             if head:
-                price = _dynamic(linears, whole, per_token=form.per_token, head=head)
-                site.prices[Choice(form, alpha, rotated=True)] = price
+                site.prices[Choice(form, alpha, rotated=True)] = dynamic(linears, whole, form, head)
 
     def _price_fed_back(
         self,
@@ -229,16 +222,29 @@ class Pricer:
         known = {choice: price for choice, price in site.prices.items() if choice.format == replace(form, bits=8)}
         best = replace(min(known, key=known.__getitem__), format=form) if known else Choice(form)
         for rotated in {best.rotated, False}:  # values that keep the codes of a file are not rotated
-            head = site.k // heads[0] if heads and rotated else None
-            price = _dynamic(
-                linears,
-                _channel_scales(site, best.alpha, heads),
-                per_token=form.per_token,
-                head=head,
-                bits=form.bits,
-                by=feedback(best.alpha, head),
-            )
-            site.prices[replace(best, rotated=rotated)] = price
+            head = site.k // heads[0] if heads and rotated else run_time_block(site.k) if form.rotated else None
+            scales, by = _channel_scales(site, best.alpha, heads), feedback(best.alpha, head)
+            site.prices[replace(best, rotated=rotated)] = dynamic(linears, scales, form, head, by)
+
+
+def _suits(form: Format, first: str, heads: tuple[int, int] | None) -> bool:
+    """Whether a kernel with activations of 8 bits is worth its price for the layers that read one input.
+
+    Not where another is as fast and loses less: the context of attention is rotated with its values for nothing, where
+    these have no norm (`heads`), and the product of an MLP has rows that must have scales of their own. (In 8 bits that
+    is priced nevertheless, to show it.)
+    """
+    if form.rotated:
+        return form.per_token == (first in _UNLIKE) and not (first == "o_proj" and heads)
+    if first == "down_proj":
+        return form.per_token or form.bits == 8
+    return first in _UNLIKE or not form.per_token
+
+
+def _alphas(form: Format) -> tuple[float, ...]:
+    if form.rotated and form.per_token:
+        return ()
+    return _FEW_ALPHAS if form.rotated or form.per_token else ALPHAS
 
 
 def _channel_scales(site: Site, alpha: float | None, heads: tuple[int, int] | None) -> Tensor:
@@ -286,11 +292,11 @@ def price_head(
         if form.kernel not in ("nbits", "none", "fp8") or form.minima:
             continue
         seen, exact = [Observed(x, w, x, x)], [is_exact(checkpoint.tensors[name], form)]
-        rounded = _rounded(seen, exact, form, feedback, arithmetic.floats)[0]
-        log_q = functional_call(linear, {"weight": rounded}, arithmetic.inputs(x, form)).log_softmax(-1)
+        weight = rounded(seen, exact, form, feedback, arithmetic.floats)[0]
+        log_q = functional_call(linear, {"weight": weight}, arithmetic.inputs(x, form)).log_softmax(-1)
         price = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
         if form.kernel == "nbits":  # beside any other head the embedding stays float
-            table = rounded if site.copies == 1 else None
+            table = weight if site.copies == 1 else None
             price += _price_embedding(checkpoint, statistics, gradient, form, table)
         site.prices[Choice(form)] = price
     if not site.prices:
@@ -310,90 +316,4 @@ def _price_embedding(
         return seen.cost(functional_call(embedding, {"weight": table}, ids))
     if is_exact(checkpoint.tensors["model.embed_tokens.weight"], form):
         return 0.0
-    return seen.cost(_values(_nearest(y, form), y.shape[1]))
-
-
-def quantize_activations(x: Tensor, block: int) -> Tensor:
-    """What MatMulNBits at accuracy level 4 makes of activations [T, K]: int8, a scale for each block of each row."""
-    blocks = x.unflatten(1, (-1, block))
-    scales = (blocks.abs().amax(2, keepdim=True) / 127).clamp_min(1e-30)
-    return ((blocks / scales).round() * scales).flatten(1)
-
-
-def _dynamic(
-    linears: list[Observed],
-    scales: Tensor,
-    *,
-    per_token: bool,
-    head: int | None = None,
-    bits: int = 8,
-    by: Feedback | None = None,
-) -> float:
-    """The price of DynamicQuantizeMatMul on x / scales: uint8 with one scale and zero point for a chunk of rows.
-
-    `per_token`: each row was divided by its largest value before. `head`: so many channels each are rotated before.
-    `by`: what GPTQ rounds the weights by.
-    """
-    x, pieces = rotated_columns(linears[0].x / scales, head), []
-    largest = x.abs().amax(1, keepdim=True).clamp_min(1e-20) if per_token else torch.ones(len(x), 1)
-    for rows in (x / largest).split(PREFILL_CHUNK):
-        low, high = rows.amin().clamp_max(0), rows.amax().clamp_min(0)
-        step = ((high - low) / 255).clamp_min(1e-30)
-        zero = (-low / step).round()
-        pieces.append(((rows / step).round() + zero).clamp(0, 255).sub(zero) * step)
-    x = torch.cat(pieces) * largest
-    w = rotated_columns(torch.cat([linear.w for linear in linears]) * scales, head)
-    codes, steps = round_columns(w, by, bits) if by else quantize_columns(w, bits)
-    parts = (codes.float() * steps[:, None]).split([len(linear.w) for linear in linears])
-    return sum(linear.cost(x @ part.T) for linear, part in zip(linears, parts, strict=True))
-
-
-def _rounded(
-    linears: list[Observed],
-    exact: list[bool],
-    form: Format,
-    feedback: Callable[[], Feedback],
-    floats: torch.dtype = torch.float32,
-) -> list[Tensor]:
-    """The weights as the format will hold them, with scales of type `floats`: float32 [N, K] each.
-
-    GPTQ rounds all that read one input at once; `feedback` is that of the input's Gram matrix.
-    """
-    if all(exact):
-        return [linear.w for linear in linears]
-    w = torch.cat([linear.w for linear in linears])
-    out = torch.empty_like(w)
-    if form.kernel == "none":
-
-        def work(start: int, stop: int) -> None:
-            out[start:stop] = w[start:stop].to(floats)
-    elif form.kernel == "fp8":
-
-        def work(start: int, stop: int) -> None:
-            codes, scales = quantize_fp8(w[start:stop], form.block)
-            out[start:stop] = codes.float() * scales.repeat_interleave(form.block, 1)[:, : w.shape[1]]
-    elif form.bits < 8:
-        passed_on = feedback()
-
-        def work(start: int, stop: int) -> None:
-            out[start:stop] = _values(round_weights(w[start:stop], passed_on, form), w.shape[1], floats)
-    else:
-
-        def work(start: int, stop: int) -> None:
-            out[start:stop] = _values(_nearest(w[start:stop], form), w.shape[1], floats)
-
-    for_row_chunks(len(w), w.shape[1], work, GPTQ_ROWS if form.bits < 8 else None)
-    return list(out.split([len(linear.w) for linear in linears]))
-
-
-def _nearest(w: Tensor, form: Format) -> Blocks:
-    if form.minima:
-        return quantize_minima(w, form.bits, form.block)
-    return quantize_blocks(w, form.bits, form.block, zero_points=form.zero_points)
-
-
-def _values(made: Blocks, width: int, floats: torch.dtype = torch.float32) -> Tensor:
-    values = made.scales.to(floats).float()[..., None] * (made.codes.float() - made.zero_points.float()[..., None])
-    if made.rest is not None:
-        values = values + made.rest[..., None]
-    return values.flatten(1)[:, :width]
+    return seen.cost(values_of(nearest(y, form), y.shape[1]))

@@ -15,6 +15,7 @@ _NBITS = tuple(
     f"int{bits}{zero}{'' if block == 32 else f'-b{block}'}"
     for bits, zero, block in itertools.product((4, 8), ("", "-zp"), _BLOCKS)
 )
+_DYNAMIC = tuple(f"w{bits}a8{rows}{basis}" for bits in (8, 7) for rows in ("", "-token") for basis in ("", "-rot"))
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,18 @@ _FLOAT_OPERATORS = (
     "Unsqueeze",
     "Cast",
 )
-_CPU_OPERATORS = ("AveragePool", "Abs", "ReduceMax", "Max", "Div", "Pad", "Gelu", "Tanh")
+_CPU_OPERATORS = (
+    "AveragePool",
+    "Abs",
+    "ReduceMax",
+    "Max",
+    "Div",
+    "Pad",
+    "Gelu",
+    "Tanh",
+    "MatMul",
+    "SimplifiedLayerNormalization",
+)
 _INTEGER_OPERATORS = ("ReduceSum", "Sub", "Shape", "Squeeze", "TopK", "Constant")
 
 
@@ -79,7 +91,7 @@ TARGETS = {
             "cpu",
             "CPUExecutionProvider",
             "cpu",
-            {"fp32": ("none", "w8a8", "w8a8-token", "w7a8", "w7a8-token", *_NBITS)},
+            {"fp32": ("none", *_DYNAMIC, *_NBITS)},
             _operators("fp32") | dict.fromkeys(_CPU_OPERATORS, ("fp32",)),
             largest_head=1 << 16,
             caches=("float", "int8"),

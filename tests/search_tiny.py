@@ -9,7 +9,8 @@ from dsopt.cli import main
 from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.recipe import Format
 
-SPEEDS = {"w7a8": 0.8, "w8a8": 1, "w7a8-token": 1.1, "w8a8-token": 1.3, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3,
+SPEEDS = {"w7a8": 0.8, "w8a8": 1, "w7a8-token": 1.1, "w8a8-token": 1.3, "w7a8-rot": 1, "w8a8-rot": 1.2,
+          "w7a8-token-rot": 1.3, "w8a8-token-rot": 1.5, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3,
           "int8-b64": 3.9, "int8": 4}  # fmt: skip
 
 

@@ -11,15 +11,15 @@ from dsopt.compiler.passes.fuse_skip_norms import FuseSkipNorms
 from dsopt.compiler.passes.lower_precision import LowerPrecision
 from dsopt.compiler.passes.normalize_linears import NormalizeLinears
 from dsopt.compiler.passes.pack_projections import PackProjections
+from dsopt.compiler.passes.prepare_rows import PrepareRows
 from dsopt.compiler.passes.quantize_cache import QuantizeCache
 from dsopt.compiler.passes.quantize_embedding import QuantizeEmbedding
 from dsopt.compiler.passes.quantize_linears import Evidence, QuantizeLinears
-from dsopt.compiler.passes.scale_rows import ScaleRows
 from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.targets import TARGETS, Target
 
 CLEAN: list[ir.passes.InPlacePass] = [NormalizeLinears()]
-FUSE: list[ir.passes.InPlacePass] = [PackProjections(), FuseSkipNorms(), ScaleRows()]
+FUSE: list[ir.passes.InPlacePass] = [PackProjections(), FuseSkipNorms(), PrepareRows()]
 
 
 def pipeline(

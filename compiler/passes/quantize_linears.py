@@ -28,7 +28,7 @@ from dsopt.compiler.quantizers import (
 )
 from dsopt.compiler.recipe import HEAD, Format, Recipe
 from dsopt.compiler.roles import Linear, find_linears
-from dsopt.compiler.rotation import Rotated, rotated_gram
+from dsopt.compiler.rotation import Rotated, rotate, rotated_gram, run_time_block
 from dsopt.compiler.smoothing import Scaled, smoothed_gram
 from dsopt.compiler.weights import Shared, Weight, initializer, lazy
 from dsopt.runtime.errors import DsoptError
@@ -80,22 +80,25 @@ class QuantizeLinears(ir.passes.InPlacePass):
 
     def _weights(self, graph: ir.Graph, linear: Linear, form: Format) -> list[ir.Value]:
         if form.kernel == "nbits":
-            return block_initializers(graph, linear.weight, form, self._feedback(linear, form.block))
+            feedback = self._feedback(linear, _weight(linear.weight), form.block)
+            return block_initializers(graph, linear.weight, form, feedback)
         n, k = linear.size
         source = _weight(linear.weight)
+        if form.rotated:
+            source = Weight(rotate(source.tensor, run_time_block(k), 1), str(linear.weight.name))
         if form.kernel == "fp8":
             shared = Shared(lambda: _fp8_codes(source, n, k))
         else:
-            feedback = self._feedback(linear, GPTQ_COLUMNS)
+            feedback = self._feedback(linear, source, GPTQ_COLUMNS)
             shared = Shared(lambda: _column_codes(source, n, k, form, feedback))
         return _lazy_parts(graph, str(linear.weight.name), form, (n, k), shared)
 
-    def _feedback(self, linear: Linear, block: int) -> MakeFeedback | None:
+    def _feedback(self, linear: Linear, weight: Weight, block: int) -> MakeFeedback | None:
         """For weights that are rounded later, when the others that read the same input are."""
         if self.evidence is None:
             return None
-        evidence, name, tensor = self.evidence, module_name(linear), _weight(linear.weight).tensor
-        return lambda: self._feedbacks.of(evidence(name).gram, tensor, block)
+        evidence, name = self.evidence, module_name(linear)
+        return lambda: self._feedbacks.of(evidence(name).gram, weight.tensor, block)
 
 
 class _Feedbacks:

@@ -103,9 +103,15 @@ def test_prices_tell_more_bits_from_fewer(studied: Callable[..., tuple[Checkpoin
             assert {f"w8a8 smoothed {alpha:g}" for alpha in site.scales} < set(prices)
             assert any(choice.rotated for choice in site.prices) == site.name.endswith("o_proj")
             assert ("w8a8-token" in prices) == site.name.endswith(("o_proj", "down_proj"))
-            eight = min((choice for choice in site.prices if str(choice.format) == "w8a8"), key=site.prices.__getitem__)
-            seven = dataclasses.replace(eight, format=Format.parse("w7a8"))
-            assert 0.8 < site.prices[seven] / site.prices[eight] < 4
+            assert ("w8a8-token-rot" in prices) == site.name.endswith("down_proj")
+            assert ("w8a8-rot" in prices) == site.name.endswith(("q_proj", "gate_proj"))
+            forms = {str(choice.format) for choice in site.prices}
+            for form in forms & {"w7a8", "w7a8-rot", "w7a8-token", "w7a8-token-rot"}:
+                alike = [choice for choice in site.prices if str(choice.format) == form.replace("w7", "w8")]
+                eight = min(alike, key=site.prices.__getitem__)
+                seven = dataclasses.replace(eight, format=Format.parse(form))
+                assert 0.8 < site.prices[seven] / site.prices[eight] < 4
+            assert ("w7a8" in forms) == (not site.name.endswith("down_proj"))
 
 
 @pytest.mark.parametrize("tied", [True, False])

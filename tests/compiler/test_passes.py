@@ -154,6 +154,9 @@ RECIPES = {
     "none,head=w8a8-token": PACKED
     + Counter(FusedMatMul=8, DynamicQuantizeMatMul=1, Abs=1, ReduceMax=1, Max=1, Div=1, Mul=1)
     + TABLE,
+    "w8a8-rot,down=w8a8-token-rot,o=w8a8": PACKED
+    + TABLE
+    + Counter(DynamicQuantizeMatMul=8, MatMulNBits=1, MatMul=6, Reshape=12, SimplifiedLayerNormalization=2, Div=2),
     "w8a8,head=w8a8": PACKED + TABLE + Counter(DynamicQuantizeMatMul=9),
     "int4,embed=none": PACKED + Counter(MatMulNBits=9, Gather=1),
     "int4,qkv=w8a8,down=int8,head=none": PACKED

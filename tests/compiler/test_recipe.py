@@ -8,7 +8,20 @@ from dsopt.compiler.recipe import Format, Recipe
 from dsopt.compiler.roles import GROUPS, ROLES
 from dsopt.runtime.errors import UsageError
 
-FORMATS = ["none", "w8a8", "w8a8-token", "int4", "int8", "int4-zp", "int8-zp", "int4-b16", "int8-b256", "int4-zp-b128"]
+FORMATS = [
+    "none",
+    "w8a8",
+    "w8a8-token",
+    "w8a8-rot",
+    "w7a8-token-rot",
+    "int4",
+    "int8",
+    "int4-zp",
+    "int8-zp",
+    "int4-b16",
+    "int8-b256",
+    "int4-zp-b128",
+]
 
 
 @pytest.mark.parametrize("text", FORMATS)

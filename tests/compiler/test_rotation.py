@@ -10,10 +10,10 @@ import torch
 
 from dsopt.compiler import build
 from dsopt.compiler.checkpoint import open_checkpoint
-from dsopt.compiler.recipe import Recipe
+from dsopt.compiler.recipe import Format, Recipe
 from dsopt.compiler.rotation import rotate, rotation
+from dsopt.compiler.rounding import dynamic
 from dsopt.compiler.sensitivity import Observed
-from dsopt.compiler.sites import _dynamic
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.quality import session_scorer
 from dsopt.runtime.session import Session
@@ -84,6 +84,6 @@ def test_what_stands_out_costs_less_in_another_basis() -> None:
     x, w, g = (torch.randn(size, generator=generator) for size in ((64, 64), (32, 64), (64, 32)))
     x[:, 5] *= 40
     linears = [Observed(x, w, x @ w.T, g)]
-    for per_token in (False, True):
-        plain, rotated = (_dynamic(linears, torch.ones(64), per_token=per_token, head=head) for head in (None, 32))
+    for form in map(Format.parse, ("w8a8", "w8a8-token", "w7a8")):
+        plain, rotated = (dynamic(linears, torch.ones(64), form, head) for head in (None, 32))
         assert 0 < rotated < 0.5 * plain

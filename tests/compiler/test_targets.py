@@ -171,6 +171,6 @@ def test_seven_bits_are_for_processors_that_add_in_sixteen(
 ) -> None:
     monkeypatch.setattr("dsopt.compiler.setting.adds_in_16_bits", lambda: adds)
     setting = Setting.open(open_checkpoint(str(tiny_llama_dir())), "cpu", None, None)
-    assert {"w8a8", "w8a8-token"} < (formats := set(map(str, setting.arithmetic.formats)))
-    assert ({"w7a8", "w7a8-token"} < formats) == adds
+    assert {"w8a8", "w8a8-token-rot"} < (formats := set(map(str, setting.arithmetic.formats)))
+    assert ({"w7a8", "w7a8-token-rot"} < formats) == adds
     assert any("w7" in form for form in formats) == adds
