@@ -1,7 +1,7 @@
 """The compiler's front door: a checkpoint and a recipe in, an artifact out."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,13 +77,15 @@ def plan(
     evidence: Evidence | None = None,
     smoothing: Scales | None = None,
     rotated: Set[str] = frozenset(),
+    reach: Sequence[Reach] | None = None,
     calibrate: Calibrate = self_windows,
     report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
     """Export and rewrite, computing no weight, unless there is to be pruned: that reads and decides by text.
 
     A recipe that says no float type gets the target's own. `evidence` tells what the inputs of each linear layer look
-    like; `rotated` are the output projections whose inputs are to be rotated with the values that they are made of.
+    like; `rotated` are the output projections whose inputs are to be rotated with the values that they are made of;
+    `reach` is that of keys and values, where it is known, for a cache in int8.
     `calibrate` gives windows of token ids, all of one length, for a checkpoint; it is asked only where pruning needs
     text and was not decided before. With a drafter the graph gives the outputs of the layers that it reads, and it is
     compiled beside the model. `report` is told what is done. Raises DsoptError on a model that is not supported.
@@ -107,7 +109,7 @@ def plan(
     if config.tie_word_embeddings:
         TieEmbeddings()(model)
     _bind_weights(model, checkpoint, tied=config.tie_word_embeddings)
-    passes = pipeline(recipe, chosen, evidence, _reach(checkpoint, recipe, pruning, report))
+    passes = pipeline(recipe, chosen, evidence, reach or _reach(checkpoint, recipe, pruning, report))
     for step in passes[: len(CLEAN)]:
         step(model)
     nodes = describe_weights(model, recipe, tied=config.tie_word_embeddings)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from dsopt.compiler.kernels import MICROSOFT, Part, linear_node, weight_parts
 from dsopt.compiler.passes.lower_precision import FLOATS
 from dsopt.compiler.passes.prepare_rows import prepared_rows, prepares_rows
+from dsopt.compiler.passes.quantize_cache import FIRST_SCALE, narrow_cache
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.targets import Target
 from dsopt.runtime.cuda import cuda_options
@@ -212,32 +213,42 @@ def _means(built: _Builder, x: ir.Value, block: int, copy: int) -> ir.Value:
     return built.node(joined, [(f"joined{copy}", [1, "rows", width + width // block])], keep=False)[0]
 
 
-def body_chain(body: Body, past: int, copies: int, target: Target, dtype: str) -> Chain:
-    """`copies` blocks without their linear layers, `past` positions in the cache: attention, norms, SwiGLU."""
+def body_chain(body: Body, past: int, copies: int, target: Target, dtype: str, cache: str = "float") -> Chain:
+    """`copies` blocks without their linear layers, `past` positions in the cache: attention, norms, SwiGLU.
+
+    `cache` is float (of type `dtype`) or int8.
+    """
     built = _Builder(FLOATS[dtype])
     counts = [built.input("seqlens_k", [1], _INTEGERS), built.input("total_length", [], _INTEGERS)]
     longest, half = past + 4096, body.head_dim // 2
     counts += [built.weight(name, Part(name, (longest, half), ir.DataType.FLOAT)) for name in ("cos", "sin")]
+    narrow = Part("steps", (body.kv_heads * body.head_dim,), ir.DataType.FLOAT)
+    steps = [built.weight(narrow.name, narrow)] if cache == "int8" else []
     gamma = built.weight("gamma", Part("gamma", (body.hidden,), ir.DataType.FLOAT))
     x = built.input("x", [1, "rows", body.hidden])
     for copy in range(copies):
-        _attend(built, body, copy, counts)
+        _attend(built, body, copy, counts, steps)
         for source in ("o", "down"):
             x = _norm(built, x, gamma, f"{source}{copy}")
         _gate(built, body, copy)
     return Chain(built, copies, target, past)
 
 
-def _attend(built: _Builder, body: Body, copy: int, counts: Sequence[ir.Value]) -> None:
-    width = body.heads * body.head_dim
+def _attend(built: _Builder, body: Body, copy: int, counts: Sequence[ir.Value], steps: Sequence[ir.Value]) -> None:
+    """`steps`: those of keys and values in int8, by channel."""
+    width, kind = body.heads * body.head_dim, ir.DataType.INT8 if steps else built.floats
     cache: Shape = [1, body.kv_heads, "capacity", body.head_dim]
     qkv = built.input(f"qkv{copy}", [1, "rows", width + 2 * body.kv_heads * body.head_dim])
-    past = [built.input(f"past.{part}{copy}", cache) for part in "kv"]
-    attributes = {"num_heads": body.heads, "kv_num_heads": body.kv_heads, "do_rotary": 1}
-    node = ir.node(
-        "GroupQueryAttention", [qkv, None, None, *past, *counts], attributes, domain=MICROSOFT, num_outputs=3
-    )
+    past = [built.input(f"past.{part}{copy}", cache, kind) for part in "kv"]
+    attributes: dict[str, str | int] = {"num_heads": body.heads, "kv_num_heads": body.kv_heads, "do_rotary": 1}
+    inputs = [qkv, None, None, *past, *counts]
+    if steps:
+        inputs += [*[None] * (FIRST_SCALE - len(inputs)), *steps, *steps]
+        attributes |= narrow_cache(ir.DataType.INT8)
+    node = ir.node("GroupQueryAttention", inputs, attributes, domain=MICROSOFT, num_outputs=3)
     built.node(node, [(f"ctx{copy}", [1, "rows", width]), *((f"present.{part}{copy}", cache) for part in "kv")])
+    for present in node.outputs[1:]:
+        present.type = ir.TensorType(kind)
 
 
 def _norm(built: _Builder, x: ir.Value, gamma: ir.Value, name: str) -> ir.Value:

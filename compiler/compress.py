@@ -57,7 +57,7 @@ def compress(
         size = goal.size and goal.size - _fixed_bytes(checkpoint, found)
         if found.pruned:
             report(f"pruning took {goal.said(taken)} of the {goal.budget} allowed")
-        best, rounds = search(found.sites, found.options(goal), replace(left, size=size), try_out)
+        best, rounds = search(found.sites, found.options(goal), replace(left, size=size), try_out, found.caches(goal))
         if best is None and not allow_miss:
             nearest = min(rounds, key=lambda r: r.measured)
             raise DsoptError(
@@ -71,11 +71,18 @@ def compress(
 def _said(made: Assignment, goal: Goal, loss: float, taken: float, place: Path) -> str:
     size = open_artifact(place).size / 1e6
     counts = ", ".join(f"{count} {form}" for form, count in count_formats(made).items())
-    return f"{size:.1f} MB, loss {goal.said(loss)} (expected {goal.said(made.loss + taken)}): {counts}"
+    cache = ", cache in int8" if made.cache == "int8" else ""
+    return f"{size:.1f} MB, loss {goal.said(loss)} (expected {goal.said(made.loss + taken)}): {counts}{cache}"
 
 
 def _build(checkpoint: Checkpoint, found: Study, made: Assignment, out: Path, text: str, stage: Stage) -> None:
-    recipe = Recipe(text, Format("nbits", 8, 32), modules=formats_of(found.sites, made), dtype=found.setting.dtype)
+    recipe = Recipe(
+        text,
+        Format("nbits", 8, 32),
+        modules=formats_of(found.sites, made),
+        dtype=found.setting.dtype,
+        cache=made.cache,
+    )
     scales = {
         site.name: site.scales[alpha] for site in found.sites if (alpha := made.choices[site.name].alpha) is not None
     }
@@ -89,6 +96,7 @@ def _build(checkpoint: Checkpoint, found: Study, made: Assignment, out: Path, te
         evidence=evidence,
         smoothing=scales,
         rotated=rotated,
+        reach=found.narrow.reach if found.narrow else None,
     )
     with stage("writing weights") as progress:
         build.write(plan, out, progress=progress)

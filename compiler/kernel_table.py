@@ -27,6 +27,7 @@ class KernelTable:
     machine: Mapping[str, Any]
     cells: Mapping[Cell, float]
     bodies: Mapping[int, float] = field(default_factory=dict)  # rows -> seconds of one block without its linears
+    narrow_bodies: Mapping[int, float] = field(default_factory=dict)  # the same with a cache in int8
 
     @property
     def target(self) -> str:
@@ -58,11 +59,12 @@ class KernelTable:
         points = {m: t for (n_, k_, f, m), t in self.cells.items() if (n_, k_, f) == (n, k, form)}
         return _interpolate(points or self._fitted(n, k, form), rows)
 
-    def other(self, rows: float) -> float:
-        """Seconds of what is not a linear layer (attention, norms, activation) in one block."""
-        if not self.bodies:
+    def other(self, rows: float, cache: str = "float") -> float:
+        """Seconds of what is not a linear layer (attention, norms, activation) in one block; cache: float or int8."""
+        bodies = self.bodies if cache == "float" else self.narrow_bodies
+        if not bodies:
             raise DsoptError("the kernel table has no times of attention and norms; measure it with a body")
-        return _interpolate(self.bodies, rows)
+        return _interpolate(bodies, rows)
 
     def _fitted(self, n: int, k: int, form: str) -> dict[int, float]:
         found: dict[int, list[tuple[int, float]]] = {}
@@ -78,8 +80,12 @@ class KernelTable:
         linears: dict[str, dict[str, dict[str, float]]] = {}
         for (n, k, form, rows), seconds in sorted(self.cells.items()):
             linears.setdefault(f"{n}x{k}", {}).setdefault(form, {})[str(rows)] = round(1e6 * seconds, 2)
-        other = {str(rows): round(1e6 * seconds, 2) for rows, seconds in sorted(self.bodies.items())}
-        return {"machine": dict(self.machine), "microseconds": linears, "other_microseconds": other}
+        other, narrow = (
+            {str(rows): round(1e6 * seconds, 2) for rows, seconds in sorted(bodies.items())}
+            for bodies in (self.bodies, self.narrow_bodies)
+        )
+        told = {"machine": dict(self.machine), "microseconds": linears, "other_microseconds": other}
+        return {**told, "other_int8_cache_microseconds": narrow} if narrow else told
 
     @classmethod
     def read(cls, path: Path, hint: str) -> "KernelTable":
@@ -99,8 +105,11 @@ class KernelTable:
                 for form, times in formats.items()
                 for rows, us in times.items()
             }
-            bodies = {int(rows): 1e-6 * float(us) for rows, us in data["other_microseconds"].items()}
-            return cls(dict(data["machine"]), cells, bodies)
+            bodies, narrow = (
+                {int(rows): 1e-6 * float(us) for rows, us in times.items()}
+                for times in (data["other_microseconds"], data.get("other_int8_cache_microseconds", {}))
+            )
+            return cls(dict(data["machine"]), cells, bodies, narrow)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DsoptError(f"not a kernel table ({error!r}); measure it again") from error
 

@@ -22,13 +22,14 @@ from dsopt.compiler.study import Study
 def preview(found: Study, goal: Goal) -> dict[str, Any]:
     """What a search would build first, by its estimates, choice by choice; and the other points of the curve."""
     offered, taken = found.options(goal), found.taken(goal)
-    made = solve(found.sites, offered, found.left(goal).loss, goal.size)
+    caches = found.caches(goal)
+    made = solve(found.sites, offered, found.left(goal).loss, goal.size, caches)
     first = made and _point(made, taken) | {"choices": {name: str(choice) for name, choice in made.choices.items()}}
     return {
         "goal": dataclasses.asdict(goal),
         **({"pruning": {**found.pruned.facts(), "loss": taken}} if found.pruned else {}),
         "first": first,
-        "pareto": [_point(point, taken) for point in pareto(found.sites, offered)],
+        "pareto": [_point(point, taken) for point in pareto(found.sites, offered, caches=caches)],
     }
 
 
@@ -53,7 +54,7 @@ def describe_nodes(
 
 
 def describe_search(found: Study, goal: Goal, best: Round, rounds: list[Round]) -> dict[str, Any]:
-    curve, taken = pareto(found.sites, found.options(goal)), found.taken(goal)
+    curve, taken = pareto(found.sites, found.options(goal), caches=found.caches(goal)), found.taken(goal)
     return {
         "goal": dataclasses.asdict(goal),
         "pruned": taken,
@@ -69,7 +70,13 @@ def describe_search(found: Study, goal: Goal, best: Round, rounds: list[Round]) 
 
 def _point(made: Assignment, taken: float) -> dict[str, Any]:
     """`taken` by pruning, before any format was chosen."""
-    return {"loss": made.loss + taken, "seconds": made.seconds, "bytes": made.nbytes, "formats": count_formats(made)}
+    return {
+        "loss": made.loss + taken,
+        "seconds": made.seconds,
+        "bytes": made.nbytes,
+        "formats": count_formats(made),
+        "cache": made.cache,
+    }
 
 
 def _uniform(found: Study, goal: Goal, form: Format) -> Assignment | None:

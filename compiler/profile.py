@@ -45,6 +45,7 @@ def measure(
     *,
     dtype: str | None = None,
     body: Body | None = None,
+    caches: Sequence[str] = ("float",),
     threads: int | None = None,
     budget: float = 20.0,
     progress: Progress = lambda done, total: None,
@@ -53,7 +54,8 @@ def measure(
 
     Each time is the least of several rounds in which the formats of a shape take turns: what else runs on the machine
     slows all of them. `formats` are those of FORMATS that the target has unless said, `dtype` (of activations and
-    scales) is the target's first; `body` asks for the times of what stands between the linear layers too.
+    scales) is the target's first; `body` asks for the times of what stands between the linear layers too, with
+    each of `caches`: float, int8.
     """
     chosen = find_target(target)
     floats = chosen.check_dtype(dtype)
@@ -74,14 +76,18 @@ def measure(
         share = (deadline - time.perf_counter()) / (len(groups) - number)
         store.add(_least(cells, make, share))
         progress(sum(map(len, groups[: number + 1])), total)
-    bodies: dict[int, float] = {}
+    bodies: dict[str, dict[int, float]] = {"float": {}, "int8": {}}
     if body is not None:
-        asked = [(0, 0, f"{body.name}@{PAST}", m) for m in rows]
+        kinds = {f"{body.name}@{PAST}{'-int8' * (cache == 'int8')}": cache for cache in caches}
+        asked = [(0, 0, kind, m) for kind in kinds for m in rows]
         missing = [cell for cell in asked if cell not in store.cells]
-        store.add(_least(missing, lambda _: body_chain(body, PAST, _BODIES, chosen, floats), budget / 10))
-        bodies = {cell[3]: store.cells[cell] for cell in asked}
+        store.add(
+            _least(missing, lambda cell: body_chain(body, PAST, _BODIES, chosen, floats, kinds[cell[2]]), budget / 10)
+        )
+        for cell in asked:
+            bodies[kinds[cell[2]]][cell[3]] = store.cells[cell]
     forget_pools()
-    return KernelTable(store.machine, {cell: store.cells[cell] for cell in wanted}, bodies)
+    return KernelTable(store.machine, {cell: store.cells[cell] for cell in wanted}, bodies["float"], bodies["int8"])
 
 
 def _by_shape(cells: Iterable[Cell]) -> list[list[Cell]]:

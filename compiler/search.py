@@ -94,12 +94,14 @@ def _bytes(size: str | None) -> int | None:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A choice for each of some sites, by the site's name; expected loss in nats, seconds of the workload, bytes."""
+    """A choice for each of some sites, by the site's name, and the type of the cache; expected loss in nats, seconds of
+    the workload in linear layers (less what a cache in int8 saves elsewhere), bytes."""
 
     choices: dict[str, Choice]
     loss: float
     seconds: float
     nbytes: int
+    cache: str = "float"  # or int8
 
     def __add__(self, other: "Assignment") -> "Assignment":
         return Assignment(
@@ -107,7 +109,12 @@ class Assignment:
             self.loss + other.loss,
             self.seconds + other.seconds,
             self.nbytes + other.nbytes,
+            other.cache if self.cache == "float" else self.cache,
         )
+
+    def is_as(self, other: "Assignment") -> bool:
+        """Whether the same would be built."""
+        return (self.choices, self.cache) == (other.choices, other.cache)
 
 
 @dataclass(frozen=True)
@@ -193,11 +200,20 @@ def _joined(sites: Sequence[Site], found: Sequence[Sequence[Option]]) -> list[li
     return list(made.values())
 
 
+FLOAT_CACHE = (Assignment({}, 0.0, 0.0, 0),)
+Caches = Sequence[Assignment]
+"""What the cache can be, as assignments without sites."""
+
+
 def solve(
-    sites: Sequence[Site], found: Sequence[Sequence[Option]], loss: float, size: int | None = None
+    sites: Sequence[Site],
+    found: Sequence[Sequence[Option]],
+    loss: float,
+    size: int | None = None,
+    caches: Caches = FLOAT_CACHE,
 ) -> Assignment | None:
     """The fastest assignment of at most `loss` and `size`; None where there is none."""
-    joined = _joined(sites, found)
+    joined = [*_joined(sites, found), caches]
     best = _assign(joined, loss, 0.0)
     if size is None or best is None or best.nbytes <= size:
         return best
@@ -242,13 +258,16 @@ def _bins(option: Assignment, loss: float) -> int:
     return int(np.ceil(min(option.loss / loss, 2) * _BINS - 1e-9))
 
 
-def pareto(sites: Sequence[Site], found: Sequence[Sequence[Option]], points: int = 24) -> list[Assignment]:
+def pareto(
+    sites: Sequence[Site], found: Sequence[Sequence[Option]], points: int = 24, caches: Caches = FLOAT_CACHE
+) -> list[Assignment]:
     """The fastest assignment for budgets from the least loss that there is to where more loss buys nothing."""
     least = sum(min(option.loss for option in offered) for offered in found)
     fastest = sum(min(offered, key=lambda option: option.seconds).loss for offered in found)
+    fastest += min(caches, key=lambda cache: cache.seconds).loss
     curve: list[Assignment] = []
     for budget in np.geomspace(max(1.02 * least, 1e-6), max(1.05 * fastest, 1.1 * least, 2e-6), points):
-        made = solve(sites, found, float(budget))
+        made = solve(sites, found, float(budget), caches=caches)
         if made is not None and (not curve or made.seconds < curve[-1].seconds):
             curve.append(made)
     return curve
@@ -267,6 +286,7 @@ def search(
     found: Sequence[Sequence[Option]],
     goal: Goal,
     measure: Callable[[Assignment], float],
+    caches: Caches = FLOAT_CACHE,
 ) -> tuple[Round | None, list[Round]]:
     """Build and `measure` at most ROUNDS assignments; the fastest within the goal, or None, and all rounds.
 
@@ -275,10 +295,11 @@ def search(
     rounds: list[Round] = []
     for _ in range(ROUNDS):
         budget = _budget(rounds, goal.loss)
-        made = solve(sites, found, budget, goal.size)
+        made = solve(sites, found, budget, goal.size, caches)
         if made is None:  # estimates may be too high: let the measurement decide
-            made = _gentler(sites, found, goal, budget, rounds) if rounds else _gentlest(sites, found, goal)
-        if made is None or any(made.choices == before.assignment.choices for before in rounds):
+            made = _gentler(sites, found, goal, budget, rounds, caches) if rounds else None
+            made = made if rounds else _gentlest(sites, found, goal, caches)
+        if made is None or any(made.is_as(before.assignment) for before in rounds):
             break
         rounds.append(Round(made, measure(made)))
         if 0.85 * goal.loss <= rounds[-1].measured <= goal.loss:
@@ -308,17 +329,22 @@ def _budget(rounds: Sequence[Round], loss: float) -> float:
 
 
 def _gentler(
-    sites: Sequence[Site], found: Sequence[Sequence[Option]], goal: Goal, budget: float, rounds: Sequence[Round]
+    sites: Sequence[Site],
+    found: Sequence[Sequence[Option]],
+    goal: Goal,
+    budget: float,
+    rounds: Sequence[Round],
+    caches: Caches,
 ) -> Assignment | None:
     """Of nearly the least expected loss that there is, more than `budget`; None where that is not less than missed."""
     missed = [r.assignment.loss for r in rounds if r.measured > goal.loss]
     if not missed:
         return None
     low, high = budget, min(missed) * (1 - 1e-6)
-    best = solve(sites, found, high, goal.size)
+    best = solve(sites, found, high, goal.size, caches)
     for _ in range(_HALVINGS if best else 0):
         middle = math.sqrt(low * high)
-        made = solve(sites, found, middle, goal.size)
+        made = solve(sites, found, middle, goal.size, caches)
         if made is None:
             low = middle
         else:
@@ -326,12 +352,12 @@ def _gentler(
     return best
 
 
-def _gentlest(sites: Sequence[Site], found: Sequence[Sequence[Option]], goal: Goal) -> Assignment:
+def _gentlest(sites: Sequence[Site], found: Sequence[Sequence[Option]], goal: Goal, caches: Caches) -> Assignment:
     """Of little more expected loss than the least that there is."""
     budget = goal.loss
     for _ in range(20):
         budget *= 1.6
-        made = solve(sites, found, budget, goal.size)
+        made = solve(sites, found, budget, goal.size, caches)
         if made is not None:
             return made
     limit = f" in {goal.size / 1e6:.0f} MB" if goal.size else ""

@@ -54,12 +54,20 @@ class BlockStream:
         lengths, total = torch.full((windows,), tokens - 1, dtype=torch.int32), torch.tensor(tokens, dtype=torch.int32)
         return [empty, empty, lengths, total, *config.rotary(tokens)]
 
-    def run(self, ids: np.ndarray, progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
-        """ids int64 [windows, tokens] -> hidden states behind the last block. `progress` is told of layers."""
+    def run(
+        self,
+        ids: np.ndarray,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        prepare: Callable[[int, nn.Module], None] = lambda layer, block: None,
+    ) -> Tensor:
+        """ids int64 [windows, tokens] -> hidden states behind the last block. `progress` is told of layers, `prepare`
+        may change a layer's block before it runs."""
         x = self.embed(ids)
         with torch.inference_mode():
             for layer in range(self.depth):
-                x = self.block(layer)(x, *self.state(layer, *x.shape[:2]))[0]
+                block = self.block(layer)
+                prepare(layer, block)
+                x = block(x, *self.state(layer, *x.shape[:2]))[0]
                 progress(layer + 1, self.depth)
         return x
 

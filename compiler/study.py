@@ -1,6 +1,6 @@
 """What is known of a model on this machine before formats are chosen: statistics, prices, times."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dsopt.compiler.cache_reach import Reach, reach_of, states_through
 from dsopt.compiler.calibrate import Statistics, calibrate
 from dsopt.compiler.chains import Body
 from dsopt.compiler.checkpoint import Checkpoint
@@ -17,6 +18,8 @@ from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.profile import measure
 from dsopt.compiler.pruning.pruned import Pruned
 from dsopt.compiler.search import (
+    FLOAT_CACHE,
+    Assignment,
     Goal,
     Option,
     options,
@@ -24,7 +27,7 @@ from dsopt.compiler.search import (
 )
 from dsopt.compiler.sensitivity import sweep_back
 from dsopt.compiler.setting import HERE, Setting
-from dsopt.compiler.sites import Pricer, Site, price_head
+from dsopt.compiler.sites import Pricer, Site, price_head, worth_pricing
 from dsopt.compiler.stream import BlockStream
 from dsopt.runtime.errors import DsoptError
 
@@ -34,6 +37,15 @@ Stage = Callable[[str], AbstractContextManager[Progress]]
 
 _LEAST = 0.1  # of the budget, for quantization, where pruning alone took more than there is
 _SHAPES = 10  # of linear layers that are timed, at most
+_REACHING = 8  # windows whose keys and values are looked at
+
+
+@dataclass(frozen=True)
+class NarrowCache:
+    """A cache in int8: what it loses in nats a token, and the reach of each layer's keys and values."""
+
+    loss: float
+    reach: list[Reach]
 
 
 @dataclass(frozen=True)
@@ -47,9 +59,18 @@ class Study:
     setting: Setting
     pruned: Pruned | None = None
     lost: Mapping[str, float] = field(default_factory=dict)  # by pruning alone, as `judge` finds
+    narrow: NarrowCache | None = None  # where it is faster
 
     def options(self, goal: Goal) -> list[list[Option]]:
         return options(self.sites, self.table, goal.workload)
+
+    def caches(self, goal: Goal) -> Sequence[Assignment]:
+        """What the cache can be."""
+        if self.narrow is None:
+            return FLOAT_CACHE
+        spared = _spared(self.table, goal, len(self.narrow.reach))
+        nbytes = sum(4 * part.size for reach in self.narrow.reach for part in reach.steps())
+        return [*FLOAT_CACHE, Assignment({}, self.narrow.loss, -spared, nbytes, "int8")]
 
     def taken(self, goal: Goal) -> float:
         """What pruning took of the budget."""
@@ -93,17 +114,39 @@ def study(
         statistics = calibrate(stream, windows, HELD, progress)
     head = stream.head()
     judge = judge or Judge(*statistics.held_out(), head)
-    pricer = Pricer(checkpoint, statistics, None if config.norms_values else config.head_dim, setting.arithmetic)
+    arithmetic = worth_pricing(setting.arithmetic, goal.loss, is_small=goal.size is not None)
+    pricer = Pricer(checkpoint, statistics, None if config.norms_values else config.head_dim, arithmetic)
     with stage("pricing errors") as progress:
         gradient = sweep_back(stream, statistics.hidden, pricer, progress=progress)
     with torch.no_grad():
         sites = [
             *pricer.sites,
-            price_head(checkpoint, head, statistics, setting.arithmetic, gradient, stream.head_weight),
+            price_head(checkpoint, head, statistics, arithmetic, gradient, stream.head_weight),
         ]
     with stage("timing kernels") as progress:
         table = setting.table or _table(sites, config, goal, setting, progress)
-    return Study(statistics, sites, table, judge, setting, pruned, lost)
+    narrow = None
+    if pruned is None and _spared(table, goal, stream.depth) > 0:
+        with stage("pricing a cache in 8 bits") as progress:
+            narrow = _narrow_cache(stream, statistics, judge, progress)
+    return Study(statistics, sites, table, judge, setting, pruned, lost, narrow)
+
+
+def _spared(table: KernelTable, goal: Goal, depth: int) -> float:
+    """Seconds of the workload in `depth` layers that a cache in int8 spares; less than 0 where it is the slower one."""
+    if not table.narrow_bodies:
+        return 0.0
+    runs = rows_of(goal.workload, table.target).items()
+    return depth * sum(count * (table.other(rows) - table.other(rows, "int8")) for rows, count in runs)
+
+
+def _narrow_cache(stream: BlockStream, statistics: Statistics, judge: Judge, progress: Progress) -> NarrowCache:
+    """By the divergence itself, on the text held out: keys and values of all layers are rounded together."""
+    reach = reach_of(stream, statistics.windows[: -statistics.held][:_REACHING])
+    states, head = states_through(stream, reach, judge.windows), stream.head()
+    with torch.inference_mode():
+        lost = judge.compare((head(window).numpy() for window in states), progress)
+    return NarrowCache(max(lost["kld_mean"], 0.0), reach)
 
 
 def _judge_pruning(
@@ -129,7 +172,10 @@ def _table(sites: list[Site], config: Any, goal: Goal, setting: Setting, progres
     heads, kv_heads = first.num_attention_heads, first.num_key_value_heads
     body = Body(config.hidden_size, config.intermediate_size, heads, kv_heads, first.head_dim)
     forms = list(dict.fromkeys(choice.format for site in sites for choice in site.prices))
-    return measure(shapes, rows, forms, target=setting.target, dtype=setting.dtype, body=body, progress=progress)
+    # A card's times with such a cache depend on what is captured with it; `cache=int8` in a recipe asks for it there.
+    caches = ("float", "int8") if setting.target == "cpu" else ("float",)
+    target, dtype = setting.target, setting.dtype
+    return measure(shapes, rows, forms, target=target, dtype=dtype, body=body, caches=caches, progress=progress)
 
 
 def _some(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -11,7 +11,7 @@ from dsopt.compiler.recipe import Format
 
 SPEEDS = {"w7a8": 0.8, "w8a8": 1, "w7a8-token": 1.1, "w8a8-token": 1.3, "w7a8-rot": 1, "w8a8-rot": 1.2,
           "w7a8-token-rot": 1.3, "w8a8-token-rot": 1.5, "int4-zp-b64": 1.9, "int4-zp": 2, "int4-min": 3,
-          "int8-b64": 3.9, "int8": 4}  # fmt: skip
+          "int4": 1.8, "int4-b64": 1.7, "int8-b64": 3.9, "int8": 4}  # fmt: skip
 
 
 def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Sequence[Format], **_: Any) -> KernelTable:

@@ -66,6 +66,7 @@ def group_query_attention(
     causal: bool = True,
     scale: float | None = None,
     window: int | None = None,
+    store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grouped-query attention with rotary embedding and a KV cache, as ONNX Runtime's contrib operator.
 
@@ -73,7 +74,8 @@ def group_query_attention(
     `total_length - s` positions are valid, seqlens_k int32 [b] = total length - 1, total_length int32 scalar.
     Returns the context [b, s, heads * d] and the present key and value [b, kv_heads, >= total_length, d].
     Not `causal`, every row sees all others too. `scale` of the scores is 1 / sqrt(d) unless said; with a `window` a row
-    sees that many positions, its own the last of them.
+    sees that many positions, its own the last of them. `store` tells what a cache makes of the keys and values
+    [b, kv_heads, s, d] that it takes up; of a graph the compiler says it.
     """
     scale = (query.shape[-1] // num_heads) ** -0.5 if scale is None else scale
     if torch.compiler.is_exporting():
@@ -99,6 +101,7 @@ def group_query_attention(
         _split_heads(t, n) for t, n in ((query, num_heads), (key, kv_num_heads), (value, kv_num_heads))
     )
     query, key = _rotate(query, cos, sin, past), _rotate(key, cos, sin, past)
+    key, value = store(key, value) if store else (key, value)
     key = torch.cat([past_key[:, :, :past], key], 2)
     value = torch.cat([past_value[:, :, :past], value], 2)
     mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(past) if causal else None

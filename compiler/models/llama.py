@@ -113,6 +113,7 @@ class Attention(nn.Module):
     causal = True
     scale: float | None = None  # of the scores, other than 1 / sqrt(head_dim)
     window: int | None = None  # positions that a row sees, if not all before it
+    store: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # what a cache makes of keys and values
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         context, present_key, present_value = group_query_attention(
             *self.project(x), *state, num_heads=self.heads, kv_num_heads=self.kv_heads,
-            causal=self.causal, scale=self.scale, window=self.window,
+            causal=self.causal, scale=self.scale, window=self.window, store=self.store,
         )  # fmt: skip
         return self.o_proj(context), present_key, present_value
 

@@ -13,8 +13,13 @@ import onnx_ir as ir
 from dsopt.compiler.cache_reach import Reach
 from dsopt.compiler.weights import initializer
 
-_FIRST_SCALE, _PAST, _PRESENT = 12, (3, 4), (1, 2)  # inputs k_scale and v_scale; past and present of key and value
-_MARGIN = 1.1  # beyond what was seen; further out is clipped
+FIRST_SCALE, _PAST, _PRESENT = 12, (3, 4), (1, 2)  # inputs k_scale and v_scale; past and present of key and value
+
+
+def narrow_cache(dtype: ir.DataType) -> dict[str, str | int]:
+    """The attributes of attention whose cache has codes of this type."""
+    kind = "PER_CHANNEL" if dtype == ir.DataType.INT8 else "PER_TENSOR"
+    return {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
 
 
 class QuantizeCache(ir.passes.InPlacePass):
@@ -29,15 +34,14 @@ class QuantizeCache(ir.passes.InPlacePass):
         nodes = [node for node in graph if node.op_type == "GroupQueryAttention"]
         dtype = ir.DataType.FLOAT8E4M3FN if self.reach is None else ir.DataType.INT8
         for node, scales in zip(nodes, self._scales(graph, len(nodes)), strict=True):
-            node.resize_inputs(_FIRST_SCALE + 2)
+            node.resize_inputs(FIRST_SCALE + 2)
             for index, past, present in zip(range(2), _PAST, _PRESENT, strict=True):
-                node.replace_input_with(_FIRST_SCALE + index, scales[index])
-                kind = "PER_TENSOR" if self.reach is None else "PER_CHANNEL"
-                node.attributes.add(ir.AttrString(f"{'kv'[index]}_quant_type", kind))
+                node.replace_input_with(FIRST_SCALE + index, scales[index])
                 for value in (node.inputs[past], node.outputs[present]):
                     assert value is not None
                     value.type = ir.TensorType(dtype)
-            node.attributes.add(ir.AttrInt64("kv_cache_bit_width", 8))
+            for name, said in narrow_cache(dtype).items():
+                node.attributes.add(ir.convenience.convert_attribute(name, said))
         return ir.passes.PassResult(model, modified=bool(nodes))
 
     def _scales(self, graph: ir.Graph, layers: int) -> list[list[ir.Value]]:
@@ -47,12 +51,8 @@ class QuantizeCache(ir.passes.InPlacePass):
             return [[one, one]] * layers
         return [
             [
-                initializer(graph, ir.tensor(_steps(part), name=f"cache.{layer}.{name}.scale"))
-                for name, part in (("key", reach.key), ("value", reach.value))
+                initializer(graph, ir.tensor(steps, name=f"cache.{layer}.{name}.scale"))
+                for name, steps in zip(("key", "value"), reach.steps(), strict=True)
             ]
             for layer, reach in enumerate(self.reach)
         ]
-
-
-def _steps(reach: np.ndarray) -> np.ndarray:
-    return np.maximum(_MARGIN * reach / 127, 1e-8).astype(np.float32)

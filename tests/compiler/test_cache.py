@@ -7,13 +7,15 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 
 from dsopt.compiler import build
-from dsopt.compiler.cache_reach import measure_reach
+from dsopt.compiler.cache_reach import measure_reach, reach_of, states_through
 from dsopt.compiler.checkpoint import open_checkpoint
 from dsopt.compiler.models.layers import rotary_tables
 from dsopt.compiler.pruning.options import Pruning
 from dsopt.compiler.recipe import Recipe
+from dsopt.compiler.stream import BlockStream
 from dsopt.runtime.artifact import open_artifact
 from dsopt.runtime.errors import DsoptError, UsageError
 from dsopt.runtime.session import Session
@@ -36,6 +38,26 @@ def test_a_pair_of_channels_stays_within_reach_at_any_position(tiny_llama_dir: C
     turned = first.key[:8] * cos - first.key[8:] * sin, first.key[8:] * cos + first.key[:8] * sin
     assert max(np.abs(part).max() for part in turned) < 1.5 * first.key.max()
     assert not np.array_equal(first.value, second.value)
+
+
+def test_the_model_can_be_run_through_such_a_cache_before_it_is_built(
+    sessions: tuple[Session, Session], tiny_llama_dir: Callable[..., Path]
+) -> None:
+    """What rounding keys and values does to the logits is what the artifact does."""
+    checkpoint = open_checkpoint(str(tiny_llama_dir()))
+    stream = BlockStream(checkpoint)
+    reach = measure_reach(checkpoint)
+    head = stream.head()
+    with torch.inference_mode():
+        exact, rounded = (head(states)[0].numpy() for states in (
+            stream.run(IDS[None]), states_through(stream, reach, IDS[None])))  # fmt: skip
+    coded = sessions[0].bind(sessions[0].new_cache()).run(IDS, 60)
+    lost = np.abs(rounded - exact).max()
+    assert lost > 0
+    assert np.abs(coded - rounded).max() < 0.2 * lost
+    for narrow, wide in zip(reach_of(stream, IDS[None, :20]), reach_of(stream, IDS[None]), strict=True):
+        assert (narrow.key <= wide.key).all()
+        assert (narrow.value < wide.value).any()
 
 
 def test_codes_are_the_rounded_values(sessions: tuple[Session, Session]) -> None:

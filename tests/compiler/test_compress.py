@@ -75,7 +75,7 @@ def test_the_artifact_holds_the_budget_and_tells_how(
     assert made.quality["kld_mean"] <= goal.loss
     assert made.quality["tokens"] == HELD * 23
     assert made.search["goal"]["loss"] == goal.loss
-    assert set(made.search["uniform"]) == {"w8a8", "int8", "int4-zp", "int4-min"}
+    assert set(made.search["uniform"]) == {"w8a8", "int8", "int4", "int4-zp", "int4-min"}
     assert KernelTable.from_json(made.profile or {}).time(64, 32, "int8", 1) > 0
     priced = {node["name"]: node for node in made.nodes if "loss" in node}
     assert len(priced) == 2 * 7 + 1
@@ -182,6 +182,53 @@ def test_seven_bits_are_rounded_as_they_were_priced(
         expected = sum(site.prices[choices[site.name]] for site in found.sites)
         assert 0.4 < expected / measured < 2.5
     assert losses[1] < losses[0] < 4 * losses[1]
+
+
+@pytest.mark.parametrize(("share", "cache"), [(0.5, "int8"), (1.1, "float")])
+def test_a_cache_in_8_bits_is_taken_where_it_is_faster(
+    share: float,
+    cache: str,
+    studied: Callable[..., tuple[Checkpoint, Study]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    def timed(*what: Any, **how: Any) -> KernelTable:
+        assert how["caches"] == ("float", "int8")
+        return dataclasses.replace(made_up(*what), narrow_bodies={1: share * 1e-6})
+
+    monkeypatch.setattr(studying, "measure", timed)
+    goal = Goal(0.05, workload="decode")
+    checkpoint, found = studied(goal)
+    assert [one.cache for one in found.caches(goal)] == ["float", "int8"][: 1 + (cache == "int8")]
+    lines: list[str] = []
+    made = compress(checkpoint, found, goal, tmp_path / "out", "auto", report=lines.append)
+    assert made.search is not None
+    assert {r["cache"] for r in made.search["rounds"]} == {cache}
+    assert all(line.endswith(", cache in int8") == (cache == "int8") for line in lines)
+    session = Session(open_artifact(tmp_path / "out"))
+    assert session.cache_type == ("i8" if cache == "int8" else "f32")
+    if found.narrow is not None:
+        assert preview(found, goal)["first"]["cache"] == "int8"
+        assert 0 < found.narrow.loss < 0.01
+
+
+def test_a_cache_in_8_bits_costs_what_it_was_priced(
+    studied: Callable[..., tuple[Checkpoint, Study]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    narrow_bodies = {1: 0.5e-6}
+    monkeypatch.setattr(
+        studying, "measure", lambda *a, **_: dataclasses.replace(made_up(*a), narrow_bodies=narrow_bodies)
+    )
+    checkpoint, found = studied(Goal(0.05, workload="decode"))
+    assert found.narrow is not None
+    made = outcome._uniform(found, Goal(0.05), Format.parse("int8"))
+    assert made is not None
+    losses = {}
+    for cache in ("float", "int8"):
+        built = dataclasses.replace(made, cache=cache)
+        compressing._build(checkpoint, found, built, tmp_path / cache, "auto", studying.no_stage)
+        losses[cache] = divergence(checkpoint, tmp_path / cache)
+    assert 0.3 < found.narrow.loss / (losses["int8"] - losses["float"]) < 3
 
 
 def test_a_looser_goal_is_faster(studied: Callable[..., tuple[Checkpoint, Study]]) -> None:

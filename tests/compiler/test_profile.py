@@ -1,5 +1,6 @@
 """The kernel table: what is measured, kept and told between the measured points."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,11 @@ def test_a_table_survives_the_manifest() -> None:
     back = KernelTable.from_json(json.loads(json.dumps(table().to_json())))
     assert back.time(20, 30, "int4", 1) == pytest.approx(12e-6)
     assert back.other(3) == pytest.approx(5e-6)
+    assert back.narrow_bodies == {}
+    with pytest.raises(DsoptError, match="body"):
+        back.other(1, "int8")
+    narrow = dataclasses.replace(table(), narrow_bodies={1: 2e-6, 5: 4e-6})
+    assert KernelTable.from_json(json.loads(json.dumps(narrow.to_json()))).other(3, "int8") == pytest.approx(3e-6)
     assert back.machine == table().machine
     with pytest.raises(DsoptError, match="kernel table"):
         KernelTable.from_json({"machine": {}, "microseconds": {"10by10": {}}})

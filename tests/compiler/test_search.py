@@ -10,6 +10,7 @@ import pytest
 from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.search import (
+    FLOAT_CACHE,
     ROUNDS,
     Assignment,
     Goal,
@@ -142,6 +143,25 @@ def test_what_is_worse_in_all_ways_is_no_option() -> None:
     for a in sides:
         beaten = any(b != a and all(x <= y for x, y in zip(b, a, strict=True)) for b in sides)
         assert (a in kept) != beaten
+
+
+def test_a_cache_that_is_faster_takes_its_part_of_the_budget() -> None:
+    sites, found = instance(3)
+    least = sum(min(o.loss for o in offered) for offered in found)
+    caches = [*FLOAT_CACHE, Assignment({}, 0.3 * least, -0.5, 10, "int8")]
+    assert (made := solve(sites, found, 1.2 * least, caches=caches)) is not None
+    assert made.cache == "float"  # there is no room for it
+    plain = solve(sites, found, 1.5 * least)
+    made = solve(sites, found, 1.8 * least, caches=caches)
+    assert plain is not None
+    assert made is not None
+    assert made.cache == "int8"
+    assert made.loss <= 1.8 * least
+    assert made.seconds <= plain.seconds - 0.5 + 1e-9
+    assert {point.cache for point in pareto(sites, found, caches=caches)} == {"float", "int8"}
+    best, _ = search(sites, found, Goal(2.5 * least), lambda made: made.loss, caches)
+    assert best is not None
+    assert best.assignment.cache == "int8"
 
 
 def test_the_curve_pays_loss_for_time() -> None:
