@@ -38,7 +38,7 @@ Shape = tuple[int, int]  # N, K
 
 
 def measure(
-    shapes: Iterable[Shape],
+    shapes: Iterable[Shape] | Mapping[Shape, Sequence[Format | str]],
     rows: Sequence[int] = ROWS,
     formats: Iterable[Format | str] | None = None,
     target: str = "cpu",
@@ -53,18 +53,23 @@ def measure(
     """The table of these (N, K) shapes; only what the cache has not is measured, in about `budget` seconds.
 
     Each time is the least of several rounds in which the formats of a shape take turns: what else runs on the machine
-    slows all of them. `formats` are those of FORMATS that the target has unless said, `dtype` (of activations and
-    scales) is the target's first; `body` asks for the times of what stands between the linear layers too, with
-    each of `caches`: float, int8.
+    slows all of them. `formats` are those of FORMATS that the target has unless said, here or for each shape; `dtype`
+    (of activations and scales) is the target's first; `body` asks for the times of what stands between the linear
+    layers too, with each of `caches`: float, int8.
     """
     chosen = find_target(target)
     floats = chosen.check_dtype(dtype)
     threads = Session.share_pool(threads or default_threads())
     store = _Store(_machine(chosen.name, floats, threads))
-    formats = [form for form in FORMATS if form in chosen.linears[floats]] if formats is None else formats
-    forms = list(dict.fromkeys(canonical(form) for form in formats))
-    sizes = [(n, k, m) for n, k in dict.fromkeys(shapes) for m in rows if n * k * m <= _MOST[target]]
-    wanted = [(n, k, form, m) for n, k, m in sizes for form in forms]
+    usual = [form for form in FORMATS if form in chosen.linears[floats]] if formats is None else list(formats)
+    by_shape = shapes if isinstance(shapes, Mapping) else dict.fromkeys(shapes, usual)
+    wanted = [
+        (n, k, form, m)
+        for (n, k), offered in by_shape.items()
+        for m in rows
+        for form in dict.fromkeys(map(canonical, offered))
+        if n * k * m <= _MOST[target]
+    ]
     groups = _by_shape(cell for cell in wanted if cell not in store.cells)
 
     def make(cell: Cell) -> Chain:

@@ -240,14 +240,14 @@ class Pricer:
 def _suits(form: Format, first: str, heads: tuple[int, int] | None) -> bool:
     """Whether a kernel with activations of 8 bits is worth its price for the layers that read one input.
 
-    Not where another is as fast and loses less: the context of attention is rotated with its values for nothing, where
-    these have no norm (`heads`), and the product of an MLP has rows that must have scales of their own. (In 8 bits that
-    is priced nevertheless, to show it.)
+    Not where another is nearly as fast and loses far less: the context of attention is rotated with its values for
+    nothing, where these have no norm (`heads`), and of an MLP's product the rows must have scales of their own and
+    the channels be rotated. (In 8 bits that is priced nevertheless, to show it.)
     """
     if form.rotated:
         return form.per_token == (first in _UNLIKE) and not (first == "o_proj" and heads)
     if first == "down_proj":
-        return form.per_token or form.bits == 8
+        return form.bits == 8
     return first in _UNLIKE or not form.per_token
 
 

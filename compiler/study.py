@@ -17,6 +17,7 @@ from dsopt.compiler.judge import Judge
 from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.profile import measure
 from dsopt.compiler.pruning.pruned import Pruned
+from dsopt.compiler.recipe import Format
 from dsopt.compiler.search import (
     FLOAT_CACHE,
     Assignment,
@@ -165,17 +166,27 @@ def _judge_pruning(
 
 
 def _table(sites: list[Site], config: Any, goal: Goal, setting: Setting, progress: Progress) -> KernelTable:
-    shapes = _some(sorted({(site.n, site.k) for site in sites}, key=lambda shape: shape[0] * shape[1]))
+    """Of each shape the formats that are chosen among there."""
+    by_shape: dict[tuple[int, int], dict[Format, None]] = {}
+    for site in sites:
+        by_shape.setdefault((site.n, site.k), {}).update(dict.fromkeys(choice.format for choice in site.prices))
+    shapes = _some(sorted(by_shape, key=lambda shape: shape[0] * shape[1]))
     # Kernels that take four rows at a time read their weights twice for five: no line from four to eight shows it.
     rows = sorted({1, 5, 8, 128, *rows_of(goal.workload, setting.target)})
     first = config.layer(0)  # where layers differ, most are like it
     heads, kv_heads = first.num_attention_heads, first.num_key_value_heads
     body = Body(config.hidden_size, config.intermediate_size, heads, kv_heads, first.head_dim)
-    forms = list(dict.fromkeys(choice.format for site in sites for choice in site.prices))
     # A card's times with such a cache depend on what is captured with it; `cache=int8` in a recipe asks for it there.
     caches = ("float", "int8") if setting.target == "cpu" else ("float",)
-    target, dtype = setting.target, setting.dtype
-    return measure(shapes, rows, forms, target=target, dtype=dtype, body=body, caches=caches, progress=progress)
+    return measure(
+        {shape: list(by_shape[shape]) for shape in shapes},
+        rows,
+        target=setting.target,
+        dtype=setting.dtype,
+        body=body,
+        caches=caches,
+        progress=progress,
+    )
 
 
 def _some(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:

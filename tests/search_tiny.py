@@ -1,6 +1,6 @@
 """A search without a clock, and `dsopt compile` in this process."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,9 +14,14 @@ SPEEDS = {"w7a8": 0.8, "w8a8": 1, "w7a8-token": 1.1, "w8a8-token": 1.3, "w7a8-ro
           "int4": 1.8, "int4-b64": 1.7, "int8-b64": 3.9, "int8": 4}  # fmt: skip
 
 
-def made_up(shapes: Sequence[tuple[int, int]], rows: Sequence[int], forms: Sequence[Format], **_: Any) -> KernelTable:
+def made_up(shapes: Mapping[tuple[int, int], Sequence[Format]], rows: Sequence[int], **_: Any) -> KernelTable:
     """Times without a clock."""
-    cells = {(n, k, str(f), m): 1e-9 * n * k * m**0.5 * SPEEDS[str(f)] for n, k in shapes for f in forms for m in rows}
+    cells = {
+        (n, k, str(form), m): 1e-9 * n * k * m**0.5 * SPEEDS[str(form)]
+        for (n, k), forms in shapes.items()
+        for form in forms
+        for m in rows
+    }
     return KernelTable({"device": "none"}, cells, {1: 1e-6})
 
 

@@ -1,7 +1,7 @@
 """dsopt compile --profile: a search by the kernel times of another machine, and for a card."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,15 @@ def test_a_card_that_is_here_is_searched(source: str, text: Path, monkeypatch: p
         monkeypatch.setattr(module, "missing_provider", lambda provider: None)
     asked: dict[str, Any] = {}
 
-    def measured(shapes: Any, rows: Sequence[int], forms: Sequence[Format], **options: Any) -> KernelTable:
-        asked.update(options, rows=list(rows), forms=set(map(str, forms)))
+    def measured(shapes: Mapping[Any, Sequence[Format]], rows: Sequence[int], **options: Any) -> KernelTable:
+        asked.update(options, rows=list(rows), forms={str(form) for forms in shapes.values() for form in forms})
         raise InterruptedError
 
     monkeypatch.setattr(studying, "measure", measured)
     with pytest.raises(InterruptedError):
         compile_model(source, order=Order(calib=text, dtype="bf16"))
     assert (asked["target"], asked["dtype"]) == ("cuda", "bf16")
+    assert asked["caches"] == ("float",)
     assert 512 in asked["rows"]  # a prompt is one run there
     assert {"none", "fp8", "int8", "int4"} <= asked["forms"]
     assert not asked["forms"] & {"w8a8", "int4-min"}

@@ -227,7 +227,7 @@ def test_a_build_that_lost_too_much_is_not_taken() -> None:
 def test_the_last_round_keeps_its_distance() -> None:
     """Builds that lose a little more each time than the last one let expect: the third must not miss by as little."""
     sites, found = instance(1, 12)
-    drift = iter([2.0, 2.1, 2.25])
+    drift = iter([2.5, 2.6, 2.75])
     best, rounds = search(sites, found, Goal(0.2), lambda made: next(drift) * made.loss)
     assert [r.measured > 0.2 for r in rounds] == [True, True, False]
     assert best is rounds[-1]
