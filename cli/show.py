@@ -92,7 +92,7 @@ def _artifact(directory: Path) -> dict[str, Any]:
         "target": manifest.target,
         "source": dict(manifest.source),
         **{name: manifest.model.get(name) for name in _SIZES},
-        **{name: manifest.model[name] for name in ("caches",) if name in manifest.model},
+        **{name: manifest.model[name] for name in ("caches", "cache") if name in manifest.model},
         **_compiled_totals(manifest),
         "tokenizer": _tokenizer(tokenizer.read_bytes()) if tokenizer.is_file() else None,
         "chat_template": "chat_template.jinja" in manifest.files,

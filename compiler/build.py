@@ -130,7 +130,7 @@ def plan(
         pruned = describe_pruning(pruning.text, before, nodes, cuts, vocab)
     for line in rounded_again(checkpoint, nodes):
         report(line)
-    sizes = describe_sizes(model, config)
+    sizes = describe_sizes(model, config) | ({"cache": recipe.cache} if recipe.cache != "float" else {})
     if smoothing:
         SmoothLinears(smoothing)(model)
     if rotated:

@@ -11,19 +11,20 @@ from dsopt.compiler.search import (
     Goal,
     Option,
     Round,
+    first_choice,
     pareto,
     price_option,
-    solve,
 )
 from dsopt.compiler.sites import Site
 from dsopt.compiler.study import Study
 
 
 def preview(found: Study, goal: Goal) -> dict[str, Any]:
-    """What a search would build first, by its estimates, choice by choice; and the other points of the curve."""
+    """What a search would build first, by its estimates, choice by choice, None where none is expected to fit; and the
+    other points of the curve."""
     offered, taken = found.options(goal), found.taken(goal)
     caches = found.caches(goal)
-    made = solve(found.sites, offered, found.left(goal).loss, goal.size, caches)
+    made = first_choice(found.sites, offered, found.left(goal), caches)
     first = made and _point(made, taken) | {"choices": {name: str(choice) for name, choice in made.choices.items()}}
     return {
         "goal": dataclasses.asdict(goal),

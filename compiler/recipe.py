@@ -11,7 +11,7 @@ The first word is the format of every linear layer; `ROLE=FORMAT` overrides it f
     w7a8            the same with 7 bits: for processors without VNNI, which are faster at signed weights but add two
                     products in 16 bits, where 8 bits may overflow. GPTQ makes up for most of the bit
     w8a8-token      w8a8 with a scale for each token, for inputs whose rows differ: of o and down; and w7a8-token
-    w8a8-rot        w8a8 of inputs that are rotated first, 64 channels together, so that none stands out among them;
+    w8a8-rot        w8a8 of inputs that are rotated first, up to 64 channels together, so that none stands out;
                     w8a8-token-rot for down, whose inputs no norm has made alike; and w7a8-rot, w7a8-token-rot
     fp8             float8 (e4m3) with a scale per 128 inputs: MatMulBlockQuantizedFp8Weight, on CUDA only
 

@@ -30,9 +30,9 @@ def render(manifest: Manifest) -> str:
         *_pruning(manifest, search),
         _plot(search),
         "<h2>Rounds</h2>",
-        _table(("loss, nats", "expected", "ms", "MB", "formats"), map(_round, search["rounds"])),
+        _table(("loss, nats", "expected", "ms", "MB", "formats", "cache"), map(_round, search["rounds"])),
         "<h2>What else there was</h2>",
-        _table(("expected loss, nats", "ms", "MB", "formats"), map(_point, search["pareto"])),
+        _table(("expected loss, nats", "ms", "MB", "formats", "cache"), map(_point, search["pareto"])),
         "<h2>Fixed recipes, by the same estimates</h2>",
         _table(
             ("recipe", "expected loss, nats", "ms", "MB"),
@@ -79,6 +79,7 @@ def _point(made: Mapping[str, Any]) -> list[str]:
         f"{1e3 * made['seconds']:.2f}",
         f"{made['bytes'] / 1e6:.1f}",
         _formats(made["formats"]),
+        str(made["cache"]),
     ]
 
 

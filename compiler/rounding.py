@@ -56,7 +56,7 @@ def _row_sizes(x: Tensor, form: Format) -> Tensor:
     if not form.per_token:
         return torch.ones(len(x), 1)
     if form.rotated:
-        return x.square().mean(1, keepdim=True).sqrt().clamp_min(SMALLEST)
+        return (x.square().mean(1, keepdim=True) + SMALLEST).sqrt()
     return x.abs().amax(1, keepdim=True).clamp_min(SMALLEST)
 
 

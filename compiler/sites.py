@@ -79,6 +79,7 @@ class Arithmetic:
 CPU = Arithmetic(FORMATS)
 _COARSE = {Format.parse(text) for text in ("int4-zp-b64", "int4", "int4-b64")}
 _LOOSE = 0.03  # nats
+_FEW_CHANNELS = 16  # rotated together even out little
 
 
 def worth_pricing(arithmetic: Arithmetic, loss: float, *, is_small: bool) -> Arithmetic:
@@ -266,6 +267,8 @@ def _channel_scales(site: Site, alpha: float | None, heads: tuple[int, int] | No
 def offered_formats(k: int, arithmetic: Arithmetic = CPU) -> list[Format]:
     """What rows of k weights can have. With 8 bits the largest two blocks: smaller ones cost time and spare no loss."""
     fitting = [form for form in arithmetic.formats if form.kernel != "nbits" or k % form.block == 0]
+    if run_time_block(k) < _FEW_CHANNELS:
+        fitting = [form for form in fitting if not form.rotated]
     eights = [form for form in fitting if form.kernel == "nbits" and form.bits == 8]
     return [form for form in fitting if form not in eights[:-2]]
 

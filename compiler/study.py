@@ -38,6 +38,7 @@ Stage = Callable[[str], AbstractContextManager[Progress]]
 
 _LEAST = 0.1  # of the budget, for quantization, where pruning alone took more than there is
 _SHAPES = 10  # of linear layers that are timed, at most
+_DIFFERING = 0.03  # of attention and norms, between two measurements
 _REACHING = 8  # windows whose keys and values are looked at
 
 
@@ -127,7 +128,8 @@ def study(
     with stage("timing kernels") as progress:
         table = setting.table or _table(sites, config, goal, setting, progress)
     narrow = None
-    if pruned is None and _spared(table, goal, stream.depth) > 0:
+    # Not by the times of another model's attention, and not where layers without attention have no keys to look at.
+    if setting.table is None and pruned is None and _is_worth_it(table, goal, stream.depth):
         with stage("pricing a cache in 8 bits") as progress:
             narrow = _narrow_cache(stream, statistics, judge, progress)
     return Study(statistics, sites, table, judge, setting, pruned, lost, narrow)
@@ -139,6 +141,13 @@ def _spared(table: KernelTable, goal: Goal, depth: int) -> float:
         return 0.0
     runs = rows_of(goal.workload, table.target).items()
     return depth * sum(count * (table.other(rows) - table.other(rows, "int8")) for rows, count in runs)
+
+
+def _is_worth_it(table: KernelTable, goal: Goal, depth: int) -> bool:
+    """Whether a cache in int8 spares more of attention's time than two measurements differ by."""
+    runs = rows_of(goal.workload, table.target).items()
+    spared = _spared(table, goal, depth)
+    return spared > 0 and spared > _DIFFERING * depth * sum(count * table.other(rows) for rows, count in runs)
 
 
 def _narrow_cache(stream: BlockStream, statistics: Statistics, judge: Judge, progress: Progress) -> NarrowCache:

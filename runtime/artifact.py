@@ -45,7 +45,8 @@ class Manifest:
     target: str  # execution provider it was made for: cpu
     family: str
     source: Mapping[str, str]  # kind, name, sha256 of the checkpoint
-    # layers, hidden_size, heads, kv_heads, head_dim, vocab_size, context_length, parameters. Where layers have caches
+    # layers, hidden_size, heads, kv_heads, head_dim, vocab_size, context_length, parameters; `cache` is int8 or fp8
+    # where keys and values are no floats of the graph's type. Where layers have caches
     # of several shapes also `caches`, [kv_heads, head_dim] of each: kv_heads and head_dim are then the first layer's.
     model: Mapping[str, Any]
     bos: int | None

@@ -4,6 +4,7 @@ import onnx_ir as ir
 
 from dsopt.compiler.kernels import format_of
 from dsopt.compiler.passes.lower_precision import FLOATS
+from dsopt.compiler.passes.prepare_rows import is_rotation
 from dsopt.compiler.targets import Target
 from dsopt.runtime.errors import DsoptError
 
@@ -23,7 +24,7 @@ class CheckKernels(ir.passes.InPlacePass):
         self.target = target
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        for node in model.graph:
+        for node in sorted(model.graph, key=lambda node: format_of(node) is None):  # a format says more than a MatMul
             self._check(node)
         return ir.passes.PassResult(model, modified=False)
 
@@ -36,7 +37,7 @@ class CheckKernels(ir.passes.InPlacePass):
             return
         if node.op_type == "Constant":  # no kernel anywhere: it becomes an initializer at load
             return
-        if node.op_type not in target.operators:
+        if node.op_type not in target.operators or (node.op_type == "MatMul" and not is_rotation(node)):
             hint = _HINTS.get(node.op_type, "")
             raise DsoptError(f"{node.name}: {target.name} has no kernel for {node.op_type}{hint}")
         allowed = target.operators[node.op_type]

@@ -22,6 +22,8 @@ from dsopt.compiler.weights import initializer
 
 SMALLEST = 1e-20  # that a row is divided by, should it be zeros: of its largest value, of its mean square
 
+_ROTATION = "rows.rotation"  # the matrix in a graph
+
 
 class Prepared(NamedTuple):
     """`nodes` make of rows what the kernel reads, the last one's first output; what it gives is to be multiplied or
@@ -99,8 +101,14 @@ def _rotated(graph: ir.Graph, x: ir.Value, width: int) -> list[ir.Node]:
     blocks = _constant(graph, f"rows.blocks-{block}", np.array([0, 0, -1, block], np.int64))
     whole = _constant(graph, "rows.whole", np.array([0, 0, -1], np.int64))
     split = ir.node("Reshape", [x, blocks])
-    turned = ir.node("MatMul", [split.outputs[0], _constant(graph, f"rows.rotation-{block}", rotation(block))])
+    turned = ir.node("MatMul", [split.outputs[0], _constant(graph, f"{_ROTATION}-{block}", rotation(block))])
     return [split, turned, ir.node("Reshape", [turned.outputs[0], whole])]
+
+
+def is_rotation(node: ir.Node) -> bool:
+    """Whether a MatMul is one of those made here, and not a linear layer that no pass knew."""
+    matrix = node.inputs[1]
+    return matrix is not None and str(matrix.name).startswith(_ROTATION)
 
 
 def _normed(graph: ir.Graph, before: list[ir.Node], width: int) -> Prepared:

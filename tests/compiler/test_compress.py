@@ -242,6 +242,17 @@ def test_a_looser_goal_is_faster(studied: Callable[..., tuple[Checkpoint, Study]
     assert preview(found, Goal(1e-6))["first"] is None
 
 
+def test_a_plan_is_what_is_built_first(studied: Callable[..., tuple[Checkpoint, Study]], tmp_path: Path) -> None:
+    goal = Goal(0.1)
+    checkpoint, found = studied(goal)
+    made = compress(checkpoint, found, goal, tmp_path / "out", "auto")
+    assert made.search is not None
+    first, planned = made.search["rounds"][0], preview(found, goal)["first"]
+    assert {name: first[name] for name in ("loss", "bytes", "formats")} == {
+        name: planned[name] for name in ("loss", "bytes", "formats")
+    }
+
+
 def test_a_missed_budget_leaves_nothing(studied: Callable[..., tuple[Checkpoint, Study]], tmp_path: Path) -> None:
     goal, out = Goal(1e-4), tmp_path / "new" / "out"
     checkpoint, found = studied(goal)

@@ -60,6 +60,22 @@ def numbers(initializers: Any, name: str) -> np.ndarray:
     return np.asarray(initializers[name].const_value.numpy())
 
 
+@pytest.mark.parametrize("width", [32, 96, 48])  # in blocks of 32, 32 and 16
+def test_inputs_and_weights_meet_in_the_same_basis(width: int, compile_tiny: Callable[..., Path]) -> None:
+    """A model rotated at run time is off by what 8 bits lose, and no more."""
+
+    def logits(recipe: str) -> np.ndarray:
+        made = open_artifact(compile_tiny(recipe, hidden_size=width))
+        return session_scorer(Session(made, threads=1))(IDS, len(IDS))
+
+    exact = logits("none")
+    plain = np.abs(logits("w8a8") - exact).mean()
+    assert 0 < plain < 0.1 * np.abs(exact).mean()
+    for recipe in ("w8a8-rot", "w8a8-token-rot", "w7a8-rot,down=w7a8-token-rot", "none,head=w8a8-rot"):
+        error = np.abs(logits(recipe) - exact).mean()
+        assert 0 < error < (2.5 if "w7" in recipe else 1.2) * plain, recipe
+
+
 def test_rotations_of_no_layer_are_a_bug(tiny_llama_dir: Callable[..., Path], exported_once: None) -> None:
     checkpoint = open_checkpoint(str(tiny_llama_dir()))
     with pytest.raises(AssertionError, match="not there"):

@@ -224,6 +224,15 @@ def test_a_build_that_lost_too_much_is_not_taken() -> None:
     assert best is rounds[0]
 
 
+def test_a_first_build_is_not_expected_beyond_the_budget_without_need() -> None:
+    """Nothing as gentle as it should be, but something within what is allowed."""
+    sites, found = instance(1, 12)
+    least = sum(min(o.loss for o in offered) for offered in found)
+    goal = Goal(1.6 * least)
+    _, rounds = search(sites, found, goal, lambda made: made.loss)
+    assert least <= rounds[0].assignment.loss <= 1.3 * least
+
+
 def test_the_last_round_keeps_its_distance() -> None:
     """Builds that lose a little more each time than the last one let expect: the third must not miss by as little."""
     sites, found = instance(1, 12)

@@ -77,6 +77,7 @@ def test_lowered_weights_are_the_rounded_ones(build_tiny: Callable[..., Any], ti
     ("recipe", "target", "message"),
     [
         ("w8a8", "cuda", "cuda has no kernel for w8a8 with fp16"),
+        ("int8,down=w8a8-token-rot", "cuda", "cuda has no kernel for w8a8-token-rot with fp16"),
         ("int4-min", "cuda", "AveragePool, which formats with -min need; int4-zp"),
         ("fp8", "cpu", "cpu has no kernel for fp8 with fp32"),
         ("none,dtype=bf16", "cpu", "--dtype bf16: cpu has kernels for fp32"),
@@ -86,6 +87,15 @@ def test_lowered_weights_are_the_rounded_ones(build_tiny: Callable[..., Any], ti
 def test_what_has_no_kernel_is_refused(plan_tiny: Plan, recipe: str, target: str, message: str) -> None:
     with pytest.raises(DsoptError, match=message):
         plan_tiny(recipe, target=target)
+
+
+def test_a_plain_product_is_a_linear_layer_that_no_pass_knew(plan_tiny: Plan) -> None:
+    model = plan_tiny("w8a8-rot").model
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    assert len(products) == 8
+    products[3].replace_input_with(1, model.graph.inputs[0])
+    with pytest.raises(DsoptError, match="cpu has no kernel for MatMul"):
+        CheckKernels(TARGETS["cpu"])(model)
 
 
 def test_an_operator_that_the_target_lacks_is_named(plan_tiny: Plan) -> None:
