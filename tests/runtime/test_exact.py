@@ -92,7 +92,7 @@ def test_the_number_of_threads_changes_no_bit(compile_tiny: Callable[..., Path])
     assert first == second
 
 
-@pytest.mark.parametrize("form", ["w8a8", "w8a8-token", "w7a8", "w7a8-token"])
+@pytest.mark.parametrize("form", ["w8a8", "w8a8-token-rot", "w7a8", "w7a8-rot"])
 def test_exactness_needs_rows_that_do_not_mix(form: str, compile_tiny: Callable[..., Path]) -> None:
     mixed = open_artifact(compile_tiny(form))
     with pytest.raises(DsoptError, match=r"--exact: .* has \d+ w8a8 or w7a8 layers"):
