@@ -242,13 +242,13 @@ def _suits(form: Format, first: str, heads: tuple[int, int] | None) -> bool:
     """Whether a kernel with activations of 8 bits is worth its price for the layers that read one input.
 
     Not where another is nearly as fast and loses far less: the context of attention is rotated with its values for
-    nothing, where these have no norm (`heads`), and of an MLP's product the rows must have scales of their own and
-    the channels be rotated. (In 8 bits that is priced nevertheless, to show it.)
+    nothing, where these have no norm (`heads`), and of an MLP's product the channels must be rotated, and rows mostly
+    have scales of their own. (In 8 bits it is priced as it comes nevertheless, to show it.)
     """
+    if first == "down_proj":
+        return form.rotated or form.bits == 8
     if form.rotated:
         return form.per_token == (first in _UNLIKE) and not (first == "o_proj" and heads)
-    if first == "down_proj":
-        return form.bits == 8
     return first in _UNLIKE or not form.per_token
 
 
