@@ -12,7 +12,8 @@ The first word is the format of every linear layer; `ROLE=FORMAT` overrides it f
                     products in 16 bits, where 8 bits may overflow. GPTQ makes up for most of the bit
     w8a8-token      w8a8 with a scale for each token, for inputs whose rows differ: of o and down; and w7a8-token
     w8a8-rot        w8a8 of inputs that are rotated first, up to 64 channels together, so that none stands out;
-                    w8a8-token-rot for down, whose inputs no norm has made alike (smoothed, w8a8-rot will do); and w7a8-rot, w7a8-token-rot
+                    w8a8-token-rot for down, whose inputs no norm has made alike (smoothed, w8a8-rot will do); and
+                    w7a8-rot, w7a8-token-rot
     fp8             float8 (e4m3) with a scale per 128 inputs: MatMulBlockQuantizedFp8Weight, on CUDA only
 
 with `-b16 ... -b256` for the block size (32 unless said). Roles are q k v o gate up down head embed and the groups
