@@ -3,7 +3,7 @@
 Where the rotation comes from: the context of attention is a mean of values, so rotating the values of a key-value head
 (rows of v) rotates the context of every head that shares it, with nothing left to do at run time (R2 of SpinQuant,
 arXiv:2405.16406). What an MLP multiplies channel by channel is rotated as it comes, at run time (QuaRot,
-arXiv:2404.00456): 64 channels together cost a tenth of the layer's time and leave a quarter of its loss.
+arXiv:2404.00456): 64 channels together cost a seventh of the layer's time and leave a quarter of its loss.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor as Array
 
 from dsopt.compiler.checkpoint import Tensor
 
-RUN_TIME = 64  # channels rotated together at run time; 128 lose a fifth less and take three times as long
+RUN_TIME = 64  # channels rotated together at run time; 128 lose a fifth less and take two and a half times as long
 
 
 def run_time_block(k: int) -> int:

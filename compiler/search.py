@@ -298,8 +298,10 @@ def search(
         budget = _budget(rounds, goal.loss)
         made = solve(sites, found, budget, goal.size, caches)
         if made is None:  # estimates may be too high: let the measurement decide
-            made = _gentler(sites, found, goal, budget, rounds, caches) if rounds else None
-            made = made if rounds else _gentlest(sites, found, goal, caches)
+            if rounds:
+                made = _gentler(sites, found, goal, budget, rounds, caches)
+            else:
+                made = _gentlest(sites, found, goal, caches)
         if made is None or any(made.is_as(before.assignment) for before in rounds):
             break
         rounds.append(Round(made, measure(made)))
