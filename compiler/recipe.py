@@ -136,7 +136,7 @@ class Recipe:
                 raise UsageError(f"--quant: {override!r} is not ROLE=FORMAT; roles: {' '.join(known)}")
             roles |= dict.fromkeys(GROUPS.get(role, (role,)), Format.parse(value))
         embed = roles.get("embed", Format())
-        if embed.kernel in ("w8a8", "fp8") or embed.minima:
+        if embed.kernel == "fp8" or embed.minima:
             raise UsageError(f"--quant: no gather reads {embed}, so an embedding cannot have it; embed=int8 works")
         default = Format.parse(first)
         if default.kernel == "w8a8":
@@ -170,8 +170,8 @@ class Recipe:
     def embedding(self, width: int) -> Format:
         """The table of the embedding: as said, else as the head (so that a tied table can be stored once).
 
-        A head in w8a8 or with minima has no layout that a gather can read; 8 bits in blocks stand in. Rows of
-        `width` that are not whole blocks stay float: a gather cannot read a padded row.
+        Of a head with minima no gather reads the layout; 8 bits in blocks stand in. Rows of `width` that are not whole
+        blocks stay float: a gather cannot read a padded row.
         """
         form = _readable(self.roles.get("embed", self.format("head", HEAD)))
         return Format() if form.kernel == "nbits" and width % form.block else form
@@ -181,7 +181,7 @@ def _readable(form: Format) -> Format:
     """What a gather can read, where the head has `form`."""
     if form.kernel == "fp8":
         return Format()
-    return Format("nbits", 8, 32) if form.kernel == "w8a8" or form.minima else form
+    return Format("nbits", 8, 32) if form.minima else form
 
 
 def _spelled(default: Format, roles: Mapping[str, Format]) -> Iterator[str]:

@@ -37,9 +37,12 @@ def rotation(size: int) -> np.ndarray:
     return (signs * np.kron(np.eye(size // len(block)), block) / len(block) ** 0.5).astype(np.float32)
 
 
-def rotated_columns(x: Array, head: int | None) -> Array:
-    """Each `head` columns of [.., K] in the basis `rotation(head)`; None leaves them."""
-    return x if head is None else (x.unflatten(-1, (-1, head)) @ torch.from_numpy(rotation(head))).flatten(-2)
+def rotated_columns(x: Array, head: int | None, *, back: bool = False) -> Array:
+    """Each `head` columns of [.., K] in the basis `rotation(head)`, or `back` out of it; None leaves them."""
+    if head is None:
+        return x
+    matrix = torch.from_numpy(rotation(head))
+    return (x.unflatten(-1, (-1, head)) @ (matrix.T if back else matrix)).flatten(-2)
 
 
 def rotated_gram(gram: Array, head: int | None) -> Array:

@@ -32,23 +32,31 @@ def quantize_activations(x: Tensor, block: int) -> Tensor:
 def dynamic(
     linears: list[Observed], scales: Tensor, form: Format, head: int | None = None, by: Feedback | None = None
 ) -> float:
-    """The price of DynamicQuantizeMatMul on x / scales: uint8 with one scale and zero point for a chunk of rows.
+    """The price of DynamicQuantizeMatMul on x / scales, which all `linears` read; see `dynamic_values`."""
+    w = torch.cat([linear.w for linear in linears])
+    x, w = dynamic_values(linears[0].x / scales, w * scales, form, head, by)
+    parts = w.split([len(linear.w) for linear in linears])
+    return sum(linear.cost(x @ part.T) for linear, part in zip(linears, parts, strict=True))
+
+
+def dynamic_values(
+    x: Tensor, w: Tensor, form: Format, head: int | None = None, by: Feedback | None = None
+) -> tuple[Tensor, Tensor]:
+    """What DynamicQuantizeMatMul makes of inputs x [T, K], uint8 with one scale and zero point for a chunk of rows, and
+    of weights w [N, K], both in its basis.
 
     `head`: so many channels each are rotated before, also where `form` says nothing of it. `by`: what GPTQ rounds the
     weights by.
     """
-    x, pieces = rotated_columns(linears[0].x / scales, head), []
+    x, w, pieces = rotated_columns(x, head), rotated_columns(w, head), []
     sizes = _row_sizes(x, form)
     for rows in (x / sizes).split(PREFILL_CHUNK):
         low, high = rows.amin().clamp_max(0), rows.amax().clamp_min(0)
         step = ((high - low) / 255).clamp_min(1e-30)
         zero = (-low / step).round()
         pieces.append(((rows / step).round() + zero).clamp(0, 255).sub(zero) * step)
-    x = torch.cat(pieces) * sizes
-    w = rotated_columns(torch.cat([linear.w for linear in linears]) * scales, head)
     codes, steps = round_columns(w, by, form.bits) if by else quantize_columns(w, form.bits)
-    parts = (codes.float() * steps[:, None]).split([len(linear.w) for linear in linears])
-    return sum(linear.cost(x @ part.T) for linear, part in zip(linears, parts, strict=True))
+    return torch.cat(pieces) * sizes, codes.float() * steps[:, None]
 
 
 def _row_sizes(x: Tensor, form: Format) -> Tensor:

@@ -76,6 +76,8 @@ _CPU_OPERATORS = (
     "Tanh",
     "MatMul",
     "SimplifiedLayerNormalization",
+    "DequantizeLinear",
+    "Transpose",
 )
 _INTEGER_OPERATORS = ("ReduceSum", "Sub", "Shape", "Squeeze", "TopK", "Constant")
 

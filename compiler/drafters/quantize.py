@@ -54,7 +54,10 @@ class QuantizeTables(ir.passes.InPlacePass):
 
     def _quantize(self, graph: ir.Graph, gather: ir.Node, table: ir.Value) -> bool:
         assert table.shape is not None
-        form = self.recipe.embedding(int(table.shape[1]))  # type: ignore[arg-type]
+        width = int(table.shape[1])  # type: ignore[arg-type]
+        form = self.recipe.embedding(width)
+        if form.kernel == "w8a8":  # which only one gather could read
+            form = Format("nbits", 8, 32) if width % 32 == 0 else Format()
         if ".markov_" in str(table.name):
             form = _symmetric(form)  # read at several places, which share codes and scales and nothing else
         if form.kernel == "none":

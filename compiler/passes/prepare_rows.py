@@ -83,7 +83,7 @@ def prepared_rows(graph: ir.Graph, x: ir.Value, form: Format, width: int) -> Pre
     """What stands around the kernel of `form` for x [b, s, width]; constants are added to the graph, once."""
     if not form.rotated:
         return _divided(graph, x)
-    turned = _rotated(graph, x, width)
+    turned = rotated_rows(graph, x, width)
     return _normed(graph, turned, width) if form.per_token else Prepared(turned)
 
 
@@ -96,12 +96,15 @@ def _divided(graph: ir.Graph, x: ir.Value) -> Prepared:
     return Prepared([absolute, largest, divisor, quotient], "Mul", divisor.outputs[0])
 
 
-def _rotated(graph: ir.Graph, x: ir.Value, width: int) -> list[ir.Node]:
+def rotated_rows(graph: ir.Graph, x: ir.Value, width: int, *, back: bool = False) -> list[ir.Node]:
+    """x [b, s, width] in the basis of kernels that read rotated rows, or out of it `back` to its own."""
     block = run_time_block(width)
-    blocks = _constant(graph, f"rows.blocks-{block}", np.array([0, 0, -1, block], np.int64))
-    whole = _constant(graph, "rows.whole", np.array([0, 0, -1], np.int64))
+    matrix, name = (rotation(block).T, f"{_ROTATION}-back") if back else (rotation(block), _ROTATION)
+    # In full: ONNX Runtime infers no size of a tensor of no rows, which the head reads of all of a prompt but its end.
+    blocks = _constant(graph, f"rows.blocks-{width}", np.array([0, 0, width // block, block], np.int64))
+    whole = _constant(graph, f"rows.whole-{width}", np.array([0, 0, width], np.int64))
     split = ir.node("Reshape", [x, blocks])
-    turned = ir.node("MatMul", [split.outputs[0], _constant(graph, f"{_ROTATION}-{block}", rotation(block))])
+    turned = ir.node("MatMul", [split.outputs[0], _constant(graph, f"{name}-{block}", np.ascontiguousarray(matrix))])
     return [split, turned, ir.node("Reshape", [turned.outputs[0], whole])]
 
 

@@ -82,15 +82,12 @@ class QuantizeLinears(ir.passes.InPlacePass):
         if form.kernel == "nbits":
             feedback = self._feedback(linear, _weight(linear.weight), form.block)
             return block_initializers(graph, linear.weight, form, feedback)
+        if form.kernel == "w8a8":
+            feedback = self._feedback(linear, _in_rows_basis(linear.weight, form), GPTQ_COLUMNS)
+            return column_initializers(graph, linear.weight, form, feedback)
         n, k = linear.size
         source = _weight(linear.weight)
-        if form.rotated:
-            source = Weight(rotate(source.tensor, run_time_block(k), 1), str(linear.weight.name))
-        if form.kernel == "fp8":
-            shared = Shared(lambda: _fp8_codes(source, n, k))
-        else:
-            feedback = self._feedback(linear, source, GPTQ_COLUMNS)
-            shared = Shared(lambda: _column_codes(source, n, k, form, feedback))
+        shared = Shared(lambda: _fp8_codes(source, n, k))
         return _lazy_parts(graph, str(linear.weight.name), form, (n, k), shared)
 
     def _feedback(self, linear: Linear, weight: Weight, block: int) -> MakeFeedback | None:
@@ -152,12 +149,35 @@ def block_initializers(
     Asked for twice (a head tied to its embedding), the same initializers come back.
     """
     name, weight = f"{value.name}.{form}", _weight(value)
-    if f"{name}.codes" in graph.initializers:
-        found = [graph.initializers.get(f"{name}.{part}") for part in ("codes", "scales", "zeros")]
-        return [part for part in found if part is not None]
+    if found := _made_before(graph, name):
+        return found
     n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
     shared = Shared(lambda: _block_codes(weight, n, k, form, feedback), keep=["zeros"])
     return _lazy_parts(graph, name, form, (n, k), shared)
+
+
+def column_initializers(
+    graph: ir.Graph, value: ir.Value, form: Format, feedback: MakeFeedback | None = None
+) -> list[ir.Value]:
+    """The same in w8a8 and w7a8: codes [K, N], scales [N], a zero point with 8 bits; rotated where `form` is."""
+    name, weight = f"{value.name}.{form}", _in_rows_basis(value, form)
+    if found := _made_before(graph, name):
+        return found
+    n, k = (int(d) for d in weight.shape)  # type: ignore[arg-type]
+    return _lazy_parts(graph, name, form, (n, k), Shared(lambda: _column_codes(weight, n, k, form, feedback)))
+
+
+def _in_rows_basis(value: ir.Value, form: Format) -> Weight:
+    """The weight in the basis in which the kernel of `form` reads its rows."""
+    weight = _weight(value)
+    if not form.rotated:
+        return weight
+    return Weight(rotate(weight.tensor, run_time_block(weight.tensor.shape[1]), 1), str(value.name))
+
+
+def _made_before(graph: ir.Graph, name: str) -> list[ir.Value]:
+    found = [graph.initializers.get(f"{name}.{part}") for part in ("codes", "scales", "zeros")]
+    return [part for part in found if part is not None] if found[0] is not None else []
 
 
 def _lazy_parts(graph: ir.Graph, name: str, form: Format, size: tuple[int, int], shared: Shared) -> list[ir.Value]:
