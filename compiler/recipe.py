@@ -138,6 +138,8 @@ class Recipe:
         embed = roles.get("embed", Format())
         if embed.kernel == "fp8" or embed.minima:
             raise UsageError(f"--quant: no gather reads {embed}, so an embedding cannot have it; embed=int8 works")
+        if roles.get("head", Format()).per_token:  # and ONNX Runtime finds no maxima of no rows, all of a chunk's
+            raise UsageError(f"--quant: head={roles['head']}: a norm has made its rows alike; head=w8a8-rot works")
         default = Format.parse(first)
         if default.kernel == "w8a8":
             roles.setdefault("head", Format("nbits", 8, 32))

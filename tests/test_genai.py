@@ -87,6 +87,14 @@ def test_the_same_greedy_tokens(recipe: str, tied: bool, build_tiny: Callable[..
     assert genai_answers(artifact.directory, prompts, 24) == our_answers(artifact, prompts, 24)
 
 
+@pytest.mark.parametrize("form", ["w8a8", "w8a8-rot", "w7a8-rot"])
+def test_a_head_that_is_the_table(form: str, build_tiny: Callable[..., Artifact]) -> None:
+    """After prompts of one token: of longer ones genai quantizes all rows of the head's inputs together."""
+    artifact = build_tiny(f"int8,head={form}", tied=True)
+    prompts = [[token] for token in np.random.default_rng(0).integers(0, 256, 5).tolist()]
+    assert genai_answers(artifact.directory, prompts, 24) == our_answers(artifact, prompts, 24)
+
+
 @pytest.mark.parametrize("recipe", ["none", "int8"])
 def test_qwen3(recipe: str, build_tiny: Callable[..., Artifact]) -> None:
     artifact = build_tiny(recipe, model_type="qwen3", num_attention_heads=4, num_key_value_heads=2)

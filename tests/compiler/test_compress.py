@@ -98,7 +98,10 @@ def test_prices_tell_more_bits_from_fewer(studied: Callable[..., tuple[Checkpoin
     for site in found.sites:
         prices = {str(choice): price for choice, price in site.prices.items()}
         assert 0 < prices["int8"] < 0.2 * prices["int4-zp"]
-        if site.layer is not None:
+        if site.layer is None:
+            assert {"w8a8-rot smoothed 0.5", "w7a8-rot smoothed 0.5"} < set(prices)
+            assert prices["w8a8-rot smoothed 0.5"] < prices["w7a8-rot smoothed 0.5"] < prices["int4-zp"]
+        else:
             assert prices["int4-min"] < 2 * prices["int4-zp"]
             assert {f"w8a8 smoothed {alpha:g}" for alpha in site.scales} < set(prices)
             assert any(choice.rotated for choice in site.prices) == site.name.endswith("o_proj")
@@ -126,6 +129,27 @@ def test_the_price_of_a_head_is_that_of_its_embedding_too(
     made = dataclasses.replace(made, choices={**made.choices, "lm_head": four})
     compressing._build(checkpoint, found, made, tmp_path / "out", "auto", studying.no_stage)
     assert 0.4 < found.sites[-1].prices[four] / divergence(checkpoint, tmp_path / "out") < 2.5
+
+
+@pytest.mark.parametrize("bits", [8, 7])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_whose_codes_are_the_table(
+    tied: bool, bits: int, studied: Callable[..., tuple[Checkpoint, Study]], tmp_path: Path
+) -> None:
+    """Smoothed and rotated: what it costs in loss and in bytes is what is built."""
+    checkpoint, found = studied(Goal(0.05), tied=tied)
+    head, others = found.sites[-1], outcome._uniform(found, Goal(0.05), Format.parse("int8"))
+    assert others is not None
+    choice, losses = Choice(Format.parse(f"w{bits}a8-rot"), 0.5), []
+    for number, tried in enumerate((min(head.prices, key=head.prices.__getitem__), choice)):
+        made, out = dataclasses.replace(others, choices={**others.choices, "lm_head": tried}), tmp_path / str(number)
+        compressing._build(checkpoint, found, made, out, "auto", studying.no_stage)
+        losses.append(divergence(checkpoint, out) - head.prices[tried])
+        tables = [node for node in open_artifact(out).manifest.nodes if node["role"] in ("head", "embed")]
+        assert [node["format"] for node in tables] == 2 * [str(tried.format)]
+        assert sum(node["bytes"] for node in tables) == head.nbytes(tried.format)
+    price = head.prices[choice]
+    assert 0.4 < (losses[1] - losses[0] + price) / price < 2.5
 
 
 def test_values_are_rotated_where_that_is_cheapest(
@@ -271,8 +295,8 @@ def test_a_missed_budget_leaves_nothing(studied: Callable[..., tuple[Checkpoint,
 
 
 def test_a_width_without_blocks_is_refused(studied: Callable[..., tuple[Checkpoint, Study]]) -> None:
-    with pytest.raises(DsoptError, match="rows of 48"):
-        studied(Goal(0.05), hidden_size=48)
+    with pytest.raises(DsoptError, match="rows of 40"):
+        studied(Goal(0.05), hidden_size=40)
 
 
 # --- the text

@@ -19,15 +19,21 @@ from dsopt.compiler.passes import pipeline
 from dsopt.compiler.passes.fuse_skip_norms import FuseSkipNorms
 from dsopt.compiler.passes.normalize_linears import NormalizeLinears
 from dsopt.compiler.passes.pack_projections import PackProjections
+from dsopt.compiler.passes.prepare_rows import PrepareRows
+from dsopt.compiler.passes.quantize_embedding import QuantizeEmbedding
 from dsopt.compiler.passes.quantize_linears import QuantizeLinears
 from dsopt.compiler.passes.tie_embeddings import TieEmbeddings
 from dsopt.compiler.recipe import Recipe
+from dsopt.compiler.rotation import rotation
 from dsopt.compiler.weights import Weight
+from dsopt.runtime.artifact import open_artifact
+from dsopt.runtime.session import Session
 
 # What a decoder of two layers always has: mask arithmetic, attention, SiLU, the choice of rows.
 FRAME = Counter(ReduceSum=1, Sub=1, Cast=2, Shape=1, Squeeze=1, GroupQueryAttention=2, Sigmoid=2, Mul=4, Slice=1)
 FUSED = FRAME + Counter(RMSNormalization=2, SkipSimplifiedLayerNormalization=3, Add=1)
 TABLE = Counter(Unsqueeze=1, GatherBlockQuantized=1, Reshape=1)
+CODES = Counter(Gather=2, DequantizeLinear=1, Unsqueeze=1, Mul=1)  # a table in w8a8, which a tied head reads transposed
 
 
 @pytest.fixture
@@ -151,13 +157,15 @@ RECIPES = {
     "w8a8-token": PACKED
     + TABLE
     + Counter(DynamicQuantizeMatMul=8, MatMulNBits=1, Abs=8, ReduceMax=8, Max=8, Div=8, Mul=8),
-    "none,head=w8a8-token": PACKED
-    + Counter(FusedMatMul=8, DynamicQuantizeMatMul=1, Abs=1, ReduceMax=1, Max=1, Div=1, Mul=1)
-    + TABLE,
+    "none,o=w8a8-token": PACKED
+    + Counter(Gather=1, FusedMatMul=7, DynamicQuantizeMatMul=2, Abs=2, ReduceMax=2, Max=2, Div=2, Mul=2),
+    "none,head=w7a8-rot": PACKED + CODES + Counter(FusedMatMul=8, DynamicQuantizeMatMul=1, MatMul=2, Reshape=4),
+    "int8,embed=w8a8-rot": PACKED + CODES + Counter(MatMulNBits=9, MatMul=1, Reshape=2),
     "w8a8-rot,down=w8a8-token-rot,o=w8a8": PACKED
     + TABLE
     + Counter(DynamicQuantizeMatMul=8, MatMulNBits=1, MatMul=6, Reshape=12, SimplifiedLayerNormalization=2, Div=2),
-    "w8a8,head=w8a8": PACKED + TABLE + Counter(DynamicQuantizeMatMul=9),
+    "w8a8,head=w8a8": PACKED + CODES + Counter(DynamicQuantizeMatMul=9),
+    "w8a8,head=w8a8,embed=int8": PACKED + TABLE + Counter(DynamicQuantizeMatMul=9),
     "int4,embed=none": PACKED + Counter(MatMulNBits=9, Gather=1),
     "int4,qkv=w8a8,down=int8,head=none": PACKED
     + Counter(MatMulNBits=6, DynamicQuantizeMatMul=2, FusedMatMul=1, Gather=1),
@@ -170,7 +178,8 @@ RECIPES = {
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_graph_of_a_recipe(recipe: str, expected: Counter[str], tied: bool, plan_tiny: Callable[..., Any]) -> None:
     plan = plan_tiny(recipe, tied=tied)
-    assert operators(plan.model) == expected
+    is_one_table = tied and recipe.endswith(("head=w8a8", "head=w7a8-rot"))
+    assert operators(plan.model) == expected + Counter(Transpose=int(is_one_table))
     names = [node.name for node in plan.model.graph]
     assert len(set(names)) == len(names)
     for name, value in plan.model.graph.initializers.items():
@@ -211,3 +220,36 @@ def test_evidence_is_used(bound: Callable[..., ir.Model]) -> None:
     model = bound(intermediate_size=64)
     # The other linears are not read here, so it does no harm that their inputs have another width.
     assert output_error(model.clone(), True) < 0.5 * output_error(model, False)
+
+
+@pytest.mark.parametrize("form", ["w8a8", "w7a8", "w8a8-rot", "w7a8-rot"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_table_in_8_bits_is_read_by_token(
+    form: str, tied: bool, bound: Callable[..., ir.Model], logits: Callable[..., np.ndarray]
+) -> None:
+    """What is gathered is the weight within half a step, and what the head multiplies are the same codes."""
+    model, recipe = bound(tied=tied), Recipe.parse(f"none,head={form}")
+    NormalizeLinears()(model)
+    table = model.graph.initializers["model.embed_tokens.weight"].const_value.numpy()
+    before = logits(model)
+    for step in (QuantizeLinears(recipe), QuantizeEmbedding(recipe), PrepareRows()):
+        step(model)
+    after = logits(model)
+    assert 0 < np.abs(after - before).mean() < (0.1 if "7" in form else 0.05) * np.abs(before).mean()
+    stored = {name: value.const_value.numpy() for name, value in model.graph.initializers.items() if form in name}
+    assert len([name for name in stored if name.endswith(".codes")]) == (0 if tied else 1)  # the head's own
+    (codes,) = (array for name, array in stored.items() if name.endswith(".by_token"))
+    steps = stored[f"model.embed_tokens.weight.{form}.scales"]
+    assert codes.shape == table.shape
+    rows = (codes.astype(np.float32) - (0 if "7" in form else 128)) * steps[:, None]
+    turned = table @ rotation(32) if "rot" in form else table
+    assert (np.abs(rows - turned) <= 0.5001 * steps[:, None]).all()
+
+
+def test_a_head_in_8_bits_for_no_rows(compile_tiny: Callable[..., Path]) -> None:
+    """It reads no row of a prompt's first chunks."""
+    for form in ("w8a8", "w8a8-rot", "w7a8-rot"):
+        session = Session(open_artifact(compile_tiny(f"int8,head={form}")), threads=1)
+        binding = session.bind(session.new_cache())
+        binding.run(np.arange(5), 0)
+        assert np.isfinite(binding.run(np.arange(3), 1)).all()

@@ -26,13 +26,14 @@ SITES = {"self_attn.q_proj": 32, "self_attn.o_proj": 32, "mlp.gate_proj": 32, "m
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}  # the context is of 2 x 16 values
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma4_text"])
 def test_the_function_stays(
-    family: str, tiny_llama_dir: Callable[..., Path], exported_once: None, tmp_path: Path
+    family: str, tied: bool, tiny_llama_dir: Callable[..., Path], exported_once: None, tmp_path: Path
 ) -> None:
     gemma = family.startswith("gemma")
     options = {**GEMMA, "num_hidden_layers": 2, "layer_types": GEMMA["layer_types"][1:]} if gemma else HEADS
-    checkpoint = open_checkpoint(str(tiny_llama_dir(**options | {"model_type": family})))
+    checkpoint = open_checkpoint(str(tiny_llama_dir(**options | {"model_type": family, "tied": tied})))
     generator = torch.Generator().manual_seed(0)
     scales = {
         f"model.layers.{layer}.{name}": torch.randn(size, generator=generator).mul(1.5).exp()
@@ -40,6 +41,7 @@ def test_the_function_stays(
         for name, size in SITES.items()
         if not (gemma and "o_proj" in name)  # its values are normed by heads
     }
+    scales["lm_head"] = torch.randn(32, generator=generator).mul(1.5).exp()
 
     def logits(smoothing: Any) -> np.ndarray:
         out = tmp_path / str(bool(smoothing))
@@ -52,8 +54,9 @@ def test_the_function_stays(
         build.plan(checkpoint, Recipe.parse("none"), smoothing=smoothing).model.graph.initializers
         for smoothing in (None, scales)
     ]
-    changed = [n for n in stored[0] if "down" in n and (weight(stored[0], n) != weight(stored[1], n)).any()]
-    assert len(changed) == 2  # the scales are not merely ignored
+    changed = [n for n in stored[0] if (weight(stored[0], n) != weight(stored[1], n)).any()]
+    assert len([n for n in changed if "down" in n]) == 2  # the scales are not merely ignored
+    assert ("model.embed_tokens.weight" if tied else "lm_head.weight") in changed
 
 
 def test_values_that_are_normed_cannot_be_smoothed(tiny_llama_dir: Callable[..., Path], exported_once: None) -> None:
