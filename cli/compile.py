@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     import numpy as np
 
+    from dsopt.compiler.goal import Goal
     from dsopt.compiler.pruning.pruned import Pruned
-    from dsopt.compiler.search import Goal
     from dsopt.compiler.study import Study
 
 

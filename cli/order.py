@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from dsopt.compiler.build import Plan
     from dsopt.compiler.checkpoint import Checkpoint
     from dsopt.compiler.drafters.checkpoint import DraftCheckpoint
+    from dsopt.compiler.goal import Goal
     from dsopt.compiler.kernel_table import KernelTable
     from dsopt.compiler.pruning.options import Pruning
     from dsopt.compiler.recipe import Recipe
-    from dsopt.compiler.search import Goal
     from dsopt.compiler.self_text import Calibrate
     from dsopt.runtime.artifact import Artifact
 
@@ -98,7 +98,7 @@ class Job:
             raise UsageError(f"--calib: --prune {order.prune} needs no text to calibrate on; leave out one")
         order, goal = replace(order, target=target), None
         if order.searches and (order.insists or _is_here(target)):
-            from dsopt.compiler.search import Goal
+            from dsopt.compiler.goal import Goal
 
             goal = Goal.parse(order.budget, order.size, order.workload)
         checkpoint = open_checkpoint(model, progress=note)

@@ -6,18 +6,12 @@ from pathlib import Path
 
 from dsopt.compiler import build, package
 from dsopt.compiler.checkpoint import Checkpoint
-from dsopt.compiler.models import kinds_of
+from dsopt.compiler.goal import Goal
+from dsopt.compiler.knapsack import Assignment, formats_of
 from dsopt.compiler.outcome import count_formats, describe_nodes, describe_search
 from dsopt.compiler.pruning.options import NOTHING
 from dsopt.compiler.recipe import Format, Recipe
-from dsopt.compiler.search import (
-    Assignment,
-    Goal,
-    Round,
-    formats_of,
-    search,
-)
-from dsopt.compiler.stream import BlockStream
+from dsopt.compiler.search import Round, search
 from dsopt.compiler.study import Progress, Stage, Study, no_stage
 from dsopt.runtime.artifact import Manifest, open_artifact
 from dsopt.runtime.errors import DsoptError
@@ -53,11 +47,10 @@ def compress(
             report(_said(made, goal, loss, taken, place))
             return loss - taken
 
-        taken, left = found.taken(goal), found.left(goal)
-        size = goal.size and goal.size - _fixed_bytes(checkpoint, found)
+        taken = found.taken(goal)
         if found.pruned:
             report(f"pruning took {goal.said(taken)} of the {goal.budget} allowed")
-        best, rounds = search(found.sites, found.options(goal), replace(left, size=size), try_out, found.caches(goal))
+        best, rounds = search(found.space(goal), found.left(goal), try_out)
         if best is None and not allow_miss:
             nearest = min(rounds, key=lambda r: r.measured)
             raise DsoptError(
@@ -135,12 +128,3 @@ def _take(
         package.seal(aside, manifest)
     package.remember_hashes(out, manifest.files)
     return manifest
-
-
-def _fixed_bytes(checkpoint: Checkpoint, found: Study) -> int:
-    """Of an artifact's graph and weights, what no choice changes: norms, rotary tables, the graph itself."""
-    config = BlockStream(checkpoint).config
-    width = found.table.float_bytes
-    norms = sum(width * tensor.shape[0] for tensor in checkpoint.tensors.values() if len(tensor.shape) == 1)
-    tables = sum(width * kind.max_position_embeddings * kind.head_dim for kind in kinds_of(config))
-    return norms + tables + 2500 * len(found.sites) + (1 << 16)

@@ -5,16 +5,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from dsopt.compiler.goal import Goal
+from dsopt.compiler.knapsack import Assignment, Option, price_option
 from dsopt.compiler.recipe import HEAD, Format
-from dsopt.compiler.search import (
-    Assignment,
-    Goal,
-    Option,
-    Round,
-    first_choice,
-    pareto,
-    price_option,
-)
+from dsopt.compiler.search import Round, first_choice
 from dsopt.compiler.sites import Site
 from dsopt.compiler.study import Study
 
@@ -22,15 +16,14 @@ from dsopt.compiler.study import Study
 def preview(found: Study, goal: Goal) -> dict[str, Any]:
     """What a search would build first, by its estimates, choice by choice, None where none is expected to fit; and the
     other points of the curve."""
-    offered, taken = found.options(goal), found.taken(goal)
-    caches = found.caches(goal)
-    made = first_choice(found.sites, offered, found.left(goal), caches)
+    space, taken = found.space(goal), found.taken(goal)
+    made = first_choice(space, found.left(goal))
     first = made and _point(made, taken) | {"choices": {name: str(choice) for name, choice in made.choices.items()}}
     return {
         "goal": dataclasses.asdict(goal),
         **({"pruning": {**found.pruned.facts(), "loss": taken}} if found.pruned else {}),
         "first": first,
-        "pareto": [_point(point, taken) for point in pareto(found.sites, offered, caches=caches)],
+        "pareto": [_point(point, taken) for point in space.pareto()],
     }
 
 
@@ -55,7 +48,7 @@ def describe_nodes(
 
 
 def describe_search(found: Study, goal: Goal, best: Round, rounds: list[Round]) -> dict[str, Any]:
-    curve, taken = pareto(found.sites, found.options(goal), caches=found.caches(goal)), found.taken(goal)
+    curve, taken = found.space(goal).pareto(), found.taken(goal)
     return {
         "goal": dataclasses.asdict(goal),
         "pruned": taken,

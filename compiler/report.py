@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from dsopt.compiler.goal import Goal
 from dsopt.runtime.artifact import Manifest
 from dsopt.runtime.errors import DsoptError
 
@@ -50,8 +51,6 @@ def render(manifest: Manifest) -> str:
 
 def _pruning(manifest: Manifest, search: Mapping[str, Any]) -> Iterable[str]:
     if manifest.pruning:
-        from dsopt.compiler.search import Goal  # torch: a report that is only written again need not wait for it
-
         goal = Goal(**search["goal"])
         yield (
             f"<p>Pruned first ({_text(manifest.pruning['text'])}), which took {goal.said(search['pruned'])} of the "

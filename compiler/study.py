@@ -13,19 +13,14 @@ from dsopt.compiler.calibrate import Statistics, calibrate
 from dsopt.compiler.chains import Body
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.corpus import HELD
+from dsopt.compiler.goal import Goal, rows_of
 from dsopt.compiler.judge import Judge
 from dsopt.compiler.kernel_table import KernelTable
+from dsopt.compiler.knapsack import FLOAT_CACHE, Assignment, Space
+from dsopt.compiler.models import kinds_of
 from dsopt.compiler.profile import measure
 from dsopt.compiler.pruning.pruned import Pruned
 from dsopt.compiler.recipe import Format
-from dsopt.compiler.search import (
-    FLOAT_CACHE,
-    Assignment,
-    Goal,
-    Option,
-    options,
-    rows_of,
-)
 from dsopt.compiler.sensitivity import sweep_back
 from dsopt.compiler.setting import HERE, Setting
 from dsopt.compiler.sites import Pricer, Site, price_head, worth_pricing
@@ -52,22 +47,24 @@ class NarrowCache:
 
 @dataclass(frozen=True)
 class Study:
-    """All that is known of a model on this machine before anything is chosen."""
+    """All that is known of a model on this machine before anything is chosen. `fixed`: bytes of an artifact's graph and
+    weights that no choice changes."""
 
     statistics: Statistics
     sites: list[Site]
     table: KernelTable
     judge: Judge
     setting: Setting
+    fixed: int
     pruned: Pruned | None = None
     lost: Mapping[str, float] = field(default_factory=dict)  # by pruning alone, as `judge` finds
     narrow: NarrowCache | None = None  # where it is faster
 
-    def options(self, goal: Goal) -> list[list[Option]]:
-        return options(self.sites, self.table, goal.workload)
+    def space(self, goal: Goal) -> Space:
+        """What can be chosen, by what it takes of the goal's workload."""
+        return Space.of(self.sites, self.table, goal.workload, self._caches(goal))
 
-    def caches(self, goal: Goal) -> Sequence[Assignment]:
-        """What the cache can be."""
+    def _caches(self, goal: Goal) -> Sequence[Assignment]:
         if self.narrow is None:
             return FLOAT_CACHE
         spared = _spared(self.table, goal, len(self.narrow.reach))
@@ -79,9 +76,9 @@ class Study:
         return max(0.0, self.lost.get(goal.quantity, 0.0))
 
     def left(self, goal: Goal) -> Goal:
-        """For quantization. Where pruning alone loses more than allowed, and may: a little."""
-        left = goal.loss - self.taken(goal)
-        return replace(goal, loss=left if left > 0 else _LEAST * goal.loss)
+        """For quantization, of loss and size. Where pruning alone loses more than allowed, and may: a little."""
+        left, size = goal.loss - self.taken(goal), None if goal.size is None else goal.size - self.fixed
+        return replace(goal, loss=left if left > 0 else _LEAST * goal.loss, size=size)
 
 
 def no_stage(_label: str) -> AbstractContextManager[Progress]:
@@ -132,7 +129,15 @@ def study(
     if setting.table is None and pruned is None and _is_worth_it(table, goal, stream.depth):
         with stage("pricing a cache in 8 bits") as progress:
             narrow = _narrow_cache(stream, statistics, judge, progress)
-    return Study(statistics, sites, table, judge, setting, pruned, lost, narrow)
+    fixed = _fixed_bytes(checkpoint, config, table.float_bytes, len(sites))
+    return Study(statistics, sites, table, judge, setting, fixed, pruned, lost, narrow)
+
+
+def _fixed_bytes(checkpoint: Checkpoint, config: Any, width: int, sites: int) -> int:
+    """Of norms, rotary tables, the graph itself; `width` is that of a float."""
+    norms = sum(width * tensor.shape[0] for tensor in checkpoint.tensors.values() if len(tensor.shape) == 1)
+    tables = sum(width * kind.max_position_embeddings * kind.head_dim for kind in kinds_of(config))
+    return norms + tables + 2500 * sites + (1 << 16)
 
 
 def _spared(table: KernelTable, goal: Goal, depth: int) -> float:

@@ -17,11 +17,12 @@ from dsopt.compiler import study as studying
 from dsopt.compiler.checkpoint import Checkpoint, open_checkpoint
 from dsopt.compiler.compress import compress
 from dsopt.compiler.corpus import HELD, TOKENS, WINDOWS, read_windows
+from dsopt.compiler.goal import Goal
 from dsopt.compiler.kernel_table import KernelTable
+from dsopt.compiler.knapsack import Assignment
 from dsopt.compiler.outcome import preview
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.reference import Reference
-from dsopt.compiler.search import Assignment, Goal, solve
 from dsopt.compiler.sites import Choice
 from dsopt.compiler.study import Study, study
 from dsopt.runtime.artifact import open_artifact
@@ -85,7 +86,7 @@ def test_the_artifact_holds_the_budget_and_tells_how(
         assert q["format"] == k["format"] == v["format"]
     assert chosen["seconds"] < made.search["uniform"]["int8"]["seconds"]
     # Bytes are counted to within what a limit on the size may be missed by: not at all.
-    counted = chosen["bytes"] + compressing._fixed_bytes(checkpoint, found)
+    counted = chosen["bytes"] + found.fixed
     assert artifact.size <= counted < artifact.size + (1 << 17)
 
 
@@ -181,7 +182,7 @@ def test_values_that_keep_the_codes_of_a_file_are_not_rotated(
             site.prices = {Choice(own): 0.0}
         elif site.name.endswith("o_proj"):  # rotated, the fastest costs nothing
             site.prices = {choice: 0.0 if choice.rotated else price for choice, price in site.prices.items()}
-    made = solve(found.sites, found.options(goal), goal.loss)
+    made = found.space(goal).fastest(goal.loss)
     assert made is not None
     assert [name for name, choice in made.choices.items() if choice.rotated] == ["model.layers.1.self_attn.o_proj"]
     assert set(made.choices) == {site.name for site in found.sites}
@@ -223,7 +224,7 @@ def test_a_cache_in_8_bits_is_taken_where_it_is_faster(
     monkeypatch.setattr(studying, "measure", timed)
     goal = Goal(0.05, workload="decode")
     checkpoint, found = studied(goal)
-    assert [one.cache for one in found.caches(goal)] == ["float", "int8"][: 1 + (cache == "int8")]
+    assert [one.cache for one in found.space(goal).caches] == ["float", "int8"][: 1 + (cache == "int8")]
     lines: list[str] = []
     made = compress(checkpoint, found, goal, tmp_path / "out", "auto", report=lines.append)
     assert made.search is not None

@@ -17,6 +17,7 @@ from dsopt.compiler import study as studying
 from dsopt.compiler.checkpoint import Checkpoint, open_checkpoint
 from dsopt.compiler.compress import compress
 from dsopt.compiler.corpus import HELD
+from dsopt.compiler.goal import Goal
 from dsopt.compiler.judge import Judge
 from dsopt.compiler.outcome import preview
 from dsopt.compiler.pruning.options import Pruning
@@ -24,7 +25,6 @@ from dsopt.compiler.pruning.pruned import Pruned, prune
 from dsopt.compiler.pruning.spelling import joined
 from dsopt.compiler.recipe import Recipe
 from dsopt.compiler.reference import Reference
-from dsopt.compiler.search import Goal
 from dsopt.compiler.stream import BlockStream
 from dsopt.compiler.study import Study, study
 from dsopt.runtime.artifact import open_artifact

@@ -7,21 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from dsopt.compiler.goal import Goal
 from dsopt.compiler.kernel_table import KernelTable
+from dsopt.compiler.knapsack import FLOAT_CACHE, Assignment, Option, Space, _undominated, formats_of
 from dsopt.compiler.recipe import Format
-from dsopt.compiler.search import (
-    FLOAT_CACHE,
-    ROUNDS,
-    Assignment,
-    Goal,
-    Option,
-    _undominated,
-    formats_of,
-    options,
-    pareto,
-    search,
-    solve,
-)
+from dsopt.compiler.search import ROUNDS, search
 from dsopt.compiler.sites import Choice, Site
 from dsopt.runtime.errors import DsoptError, UsageError
 
@@ -40,6 +30,10 @@ def instance(seed: int, count: int = 5) -> tuple[list[Site], list[list[Option]]]
         columns = zip(FORMS, losses, seconds, sizes, strict=True)
         found.append([Option(c, float(a), float(scale * b), int(scale * n)) for c, a, b, n in columns])
     return sites, found
+
+
+def offered(site: Site, table: KernelTable, workload: str) -> list[Choice]:
+    return [option.choice for option in Space.of([site], table, workload).options[0]]
 
 
 def fastest(found: list[list[Option]], loss: float, size: float = math.inf) -> float:
@@ -67,13 +61,13 @@ def test_the_fastest_within_a_loss(seed: int, share: float) -> None:
     sites, found = instance(seed)
     least, most = (sum(pick(o.loss for o in offered) for offered in found) for pick in (min, max))
     loss = least + share * (most - least)
-    made = solve(sites, found, loss)
+    made = Space(sites, found).fastest(loss)
     assert made is not None
     check(made, sites, found)
     assert made.loss <= loss
     # Losses are rounded up to bins: the best of a hair less is never missed.
     assert fastest(found, loss) * (1 - 1e-9) <= made.seconds <= fastest(found, loss * 0.998) * (1 + 1e-9)
-    assert solve(sites, found, 0.99 * least) is None
+    assert Space(sites, found).fastest(0.99 * least) is None
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -82,10 +76,10 @@ def test_choices_that_exclude_each_other(seed: int) -> None:
     sites, found = instance(seed, 4)
     turned = [dataclasses.replace(o, choice=dataclasses.replace(o.choice, rotated=True)) for o in found[2]]
     found[2] += [dataclasses.replace(o, loss=0.3 * o.loss) for o in turned]
-    free = solve(sites, found, 0.02)
+    free = Space(sites, found).fastest(0.02)
     assert free is not None
     sites[2].kept = ("site-0", free.choices["site-0"].format)
-    made = solve(sites, found, 0.02)
+    made = Space(sites, found).fastest(0.02)
     assert made is not None
     check(made, sites, found)
     assert not (made.choices["site-0"] == free.choices["site-0"] and made.choices["site-2"].rotated)
@@ -103,9 +97,9 @@ def test_what_a_rotation_beats_is_still_offered_where_it_may_be_ruled_out() -> N
     plain, turned = Choice(form), Choice(form, rotated=True)
     table = KernelTable({}, {(64, 64, "w8a8", m): 1e-6 for m in (1, 5, 128)}, {1: 1e-6})
     site = Site("o", ("o",), 0, 64, 64, {plain: 2.0, turned: 1.0})
-    assert [[option.choice for option in offered] for offered in options([site], table, "decode")] == [[turned]]
+    assert offered(site, table, "decode") == [turned]
     site.kept = "v", form
-    assert [[option.choice for option in offered] for offered in options([site], table, "decode")] == [[plain, turned]]
+    assert offered(site, table, "decode") == [plain, turned]
 
 
 def test_the_fastest_within_a_size_too() -> None:
@@ -115,11 +109,11 @@ def test_the_fastest_within_a_size_too() -> None:
         sites, found = instance(seed)
         least, most = (sum(pick(o.loss for o in offered) for offered in found) for pick in (min, max))
         loss = least + 0.6 * (most - least)
-        free = solve(sites, found, loss)
+        free = Space(sites, found).fastest(loss)
         assert free is not None
         small = sum(min(o.nbytes for o in offered) for offered in found)
         size = int(small + 0.6 * (free.nbytes - small))
-        best, made = fastest(found, 0.998 * loss, size), solve(sites, found, loss, size)
+        best, made = fastest(found, 0.998 * loss, size), Space(sites, found).fastest(loss, size)
         if math.isinf(best):
             continue
         assert made is not None
@@ -127,7 +121,7 @@ def test_the_fastest_within_a_size_too() -> None:
         assert made.loss <= loss
         assert made.nbytes <= size
         over.append(made.seconds / best)
-        assert solve(sites, found, loss, small - 1) is None
+        assert Space(sites, found).fastest(loss, small - 1) is None
     assert len(over) > 6
     assert float(np.mean(over)) < 1.08
     assert max(over) < 1.3
@@ -149,24 +143,24 @@ def test_a_cache_that_is_faster_takes_its_part_of_the_budget() -> None:
     sites, found = instance(3)
     least = sum(min(o.loss for o in offered) for offered in found)
     caches = [*FLOAT_CACHE, Assignment({}, 0.3 * least, -0.5, 10, "int8")]
-    assert (made := solve(sites, found, 1.2 * least, caches=caches)) is not None
+    assert (made := Space(sites, found, caches).fastest(1.2 * least)) is not None
     assert made.cache == "float"  # there is no room for it
-    plain = solve(sites, found, 1.5 * least)
-    made = solve(sites, found, 1.8 * least, caches=caches)
+    plain = Space(sites, found).fastest(1.5 * least)
+    made = Space(sites, found, caches).fastest(1.8 * least)
     assert plain is not None
     assert made is not None
     assert made.cache == "int8"
     assert made.loss <= 1.8 * least
     assert made.seconds <= plain.seconds - 0.5 + 1e-9
-    assert {point.cache for point in pareto(sites, found, caches=caches)} == {"float", "int8"}
-    best, _ = search(sites, found, Goal(2.5 * least), lambda made: made.loss, caches)
+    assert {point.cache for point in Space(sites, found, caches).pareto()} == {"float", "int8"}
+    best, _ = search(Space(sites, found, caches), Goal(2.5 * least), lambda made: made.loss)
     assert best is not None
     assert best.assignment.cache == "int8"
 
 
 def test_the_curve_pays_loss_for_time() -> None:
     sites, found = instance(3)
-    curve = pareto(sites, found)
+    curve = Space(sites, found).pareto()
     assert len(curve) > 5
     for a, b in itertools.pairwise(curve):
         assert a.seconds > b.seconds
@@ -180,15 +174,18 @@ def test_seconds_of_a_workload() -> None:
     block, head = Site("x", ("x",), 0, 64, 64, {form: 0.5}), Site("lm_head", ("lm_head",), None, 64, 64, {form: 0.5})
 
     def micros(workload: str) -> list[int]:
-        return [round(1e6 * offered[0].seconds) for offered in options([block, head], table, workload)]
+        return [round(1e6 * offered[0].seconds) for offered in Space.of([block, head], table, workload).options]
 
     assert micros("chat") == [104 + 8 * 5 + 4 * 128, 104 + 8 * 5 + 4]  # a prompt's chunk asks the head for one row
     assert micros("prefill") == [128, 1]
     assert micros("batch") == [8, 8]
     assert micros("speculative") == [3 * 5 + 1] * 2
     untied = Site("lm_head", ("lm_head",), None, 64, 64, {form: 0.5}, copies=2)
-    assert options([untied], table, "chat")[0][0].nbytes == 2 * options([head], table, "chat")[0][0].nbytes
-    (offered,) = options([block], table, "decode")
+    assert (
+        Space.of([untied], table, "chat").options[0][0].nbytes
+        == 2 * Space.of([head], table, "chat").options[0][0].nbytes
+    )
+    (offered,) = Space.of([block], table, "decode").options
     assert (offered[0].nbytes, offered[0].loss) == (64 * 64 + 4 * 64 * 2, 0.5)
 
 
@@ -206,7 +203,7 @@ def test_rounds_correct_the_estimates(ratio: float) -> None:
         asked.append(made)
         return ratio * made.loss
 
-    best, rounds = search(sites, found, goal, measure)
+    best, rounds = search(Space(sites, found), goal, measure)
     assert best is not None
     assert [r.assignment for r in rounds] == asked
     assert 1 <= len(rounds) <= ROUNDS
@@ -218,7 +215,7 @@ def test_a_build_that_lost_too_much_is_not_taken() -> None:
     """The fastest misses; the slower one before it held."""
     losses = iter([0.1, 0.5, 0.5])
     sites, found = instance(1, 12)
-    best, rounds = search(sites, found, Goal(0.2), lambda made: next(losses))
+    best, rounds = search(Space(sites, found), Goal(0.2), lambda made: next(losses))
     assert len(rounds) > 1
     assert rounds[1].assignment.seconds < rounds[0].assignment.seconds
     assert best is rounds[0]
@@ -229,7 +226,7 @@ def test_a_first_build_is_not_expected_beyond_the_budget_without_need() -> None:
     sites, found = instance(1, 12)
     least = sum(min(o.loss for o in offered) for offered in found)
     goal = Goal(1.6 * least)
-    _, rounds = search(sites, found, goal, lambda made: made.loss)
+    _, rounds = search(Space(sites, found), goal, lambda made: made.loss)
     assert least <= rounds[0].assignment.loss <= 1.3 * least
 
 
@@ -237,7 +234,7 @@ def test_the_last_round_keeps_its_distance() -> None:
     """Builds that lose a little more each time than the last one let expect: the third must not miss by as little."""
     sites, found = instance(1, 12)
     drift = iter([2.5, 2.6, 2.75])
-    best, rounds = search(sites, found, Goal(0.2), lambda made: next(drift) * made.loss)
+    best, rounds = search(Space(sites, found), Goal(0.2), lambda made: next(drift) * made.loss)
     assert [r.measured > 0.2 for r in rounds] == [True, True, False]
     assert best is rounds[-1]
 
@@ -248,7 +245,7 @@ def test_after_a_miss_less_loss_is_expected(seed: int, miss: float) -> None:
     """Down to about the least that there is, and never more again."""
     sites, found = instance(seed, 12)
     least = sum(min(o.loss for o in offered) for offered in found)
-    best, rounds = search(sites, found, Goal(1.3 * least), lambda made: miss * made.loss)
+    best, rounds = search(Space(sites, found), Goal(1.3 * least), lambda made: miss * made.loss)
     assert best is None
     assert len(rounds) > 1
     losses = [r.assignment.loss for r in rounds]
@@ -258,7 +255,7 @@ def test_after_a_miss_less_loss_is_expected(seed: int, miss: float) -> None:
 
 def test_where_all_miss_there_is_none() -> None:
     sites, found = instance(1, 12)
-    best, rounds = search(sites, found, Goal(0.2), lambda made: 9.0)
+    best, rounds = search(Space(sites, found), Goal(0.2), lambda made: 9.0)
     assert best is None
     losses = [r.assignment.loss for r in rounds]
     assert losses == sorted(set(losses), reverse=True)
@@ -267,11 +264,11 @@ def test_where_all_miss_there_is_none() -> None:
 def test_a_loss_below_all_estimates_is_tried_before_it_is_refused() -> None:
     sites, found = instance(1)
     least = sum(min(o.loss for o in offered) for offered in found)
-    best, rounds = search(sites, found, Goal(least / 2), lambda made: made.loss / 4)
+    best, rounds = search(Space(sites, found), Goal(least / 2), lambda made: made.loss / 4)
     assert rounds[0].assignment.loss > least / 2
     assert best in rounds
     with pytest.raises(DsoptError, match="nats in 1 MB"):
-        search(sites, found, Goal(least / 2, size=1_000_000), lambda made: 0.0)
+        search(Space(sites, found), Goal(least / 2, size=1_000_000), lambda made: 0.0)
 
 
 # --- goals
@@ -327,6 +324,6 @@ def test_verification_takes_no_kernel_whose_rows_look_at_each_other() -> None:
     alone, mixing = Choice(Format.parse("int8")), Choice(Format.parse("w8a8"))
     times = {(64, 64, name, rows): seconds for name, seconds in (("int8", 2.0), ("w8a8", 1.0)) for rows in (1, 8, 128)}
     site = Site("x", ("x",), 0, 64, 64, {alone: 0.1, mixing: 0.1})
-    chosen = {w: [o.choice for o in options([site], KernelTable({}, times), w)[0]] for w in ("decode", "speculative")}
+    chosen = {work: offered(site, KernelTable({}, times), work) for work in ("decode", "speculative")}
     assert chosen["decode"][0] == mixing
     assert chosen["speculative"] == [alone]
