@@ -100,6 +100,12 @@ def test_exactness_needs_rows_that_do_not_mix(form: str, compile_tiny: Callable[
     assert open_speculation(load(mixed.directory), "ngram").widths == ()
 
 
+def test_an_embedding_does_not_mix_rows(compile_tiny: Callable[..., Path]) -> None:
+    check_exact(open_artifact(compile_tiny("int8,embed=w8a8-rot")))
+    with pytest.raises(DsoptError, match=r"has 1 w8a8 or w7a8 layers"):
+        check_exact(open_artifact(compile_tiny("int8,head=w8a8-rot")))
+
+
 def test_widths_that_agree_are_taken_else_the_best_single_one() -> None:
     seconds = (1.0, 1.03, 1.2, 1.4, 5.0, 9.0, 9.5, 9.9)
     agreed = VerifyCurve(tuple(range(1, 9)), 0, seconds, 1, seconds, (2, 3, 8))
