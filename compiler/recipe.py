@@ -136,7 +136,7 @@ class Recipe:
                 raise UsageError(f"--quant: {override!r} is not ROLE=FORMAT; roles: {' '.join(known)}")
             roles |= dict.fromkeys(GROUPS.get(role, (role,)), Format.parse(value))
         embed = roles.get("embed", Format())
-        if embed.kernel == "fp8" or embed.minima:
+        if embed.kernel == "fp8" or embed.minima or embed.per_token:
             raise UsageError(f"--quant: no gather reads {embed}, so an embedding cannot have it; embed=int8 works")
         if roles.get("head", Format()).per_token:  # and ONNX Runtime finds no maxima of no rows, all of a chunk's
             raise UsageError(f"--quant: head={roles['head']}: a norm has made its rows alike; head=w8a8-rot works")

@@ -141,6 +141,7 @@ def test_auto_is_a_recipe() -> None:
         "embed=int8",
         "int4,embed=int4-min",
         "int4,head=w8a8-token",
+        "int4,embed=w8a8-token",
     ],
 )
 def test_what_is_no_recipe_is_a_wrong_call_said_in_one_line(text: str) -> None:
