@@ -1,8 +1,9 @@
 """SmoothQuant (arXiv:2211.10438): outliers of activations moved into weights, where they do less harm.
 
 A layer's inputs are divided by a scale a channel, its weights multiplied by it: y = (x / s) (W s)^T is what it was. The
-division is folded into whatever makes x: the norm before q, k, v and before gate, up; the rows of v before o (one
-scale for all heads that share a key-value head); the rows of up before down. Nothing is left to do at run time.
+division is folded into whatever makes x: the norm before q, k, v, before gate, up and before the head; the rows of v
+before o (one scale for all heads that share a key-value head); the rows of up before down. Nothing is left to do at run
+time, but where the head is tied to the embedding: a gathered row is divided.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from torch import Tensor as Array
 from dsopt.compiler.checkpoint import Tensor
 
 Scales = Mapping[str, Array]
-"""By module name of the first layer that reads an input (q_proj, o_proj, gate_proj, down_proj): float32 [K]."""
+"""By name of the first layer that reads an input (q_proj, o_proj, gate_proj, down_proj, lm_head); float32 [K]."""
 
 
 @dataclass(frozen=True)
