@@ -33,30 +33,36 @@ def dynamic(
     linears: list[Observed], scales: Tensor, form: Format, head: int | None = None, by: Feedback | None = None
 ) -> float:
     """The price of DynamicQuantizeMatMul on x / scales, which all `linears` read; see `dynamic_values`."""
-    w = torch.cat([linear.w for linear in linears])
-    x, w = dynamic_values(linears[0].x / scales, w * scales, form, head, by)
+    x, w = dynamic_values(linears[0].x, torch.cat([linear.w for linear in linears]), scales, form, head, by)
     parts = w.split([len(linear.w) for linear in linears])
     return sum(linear.cost(x @ part.T) for linear, part in zip(linears, parts, strict=True))
 
 
 def dynamic_values(
-    x: Tensor, w: Tensor, form: Format, head: int | None = None, by: Feedback | None = None
+    x: Tensor, w: Tensor, scales: Tensor, form: Format, head: int | None = None, by: Feedback | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What DynamicQuantizeMatMul makes of inputs x [T, K], uint8 with one scale and zero point for a chunk of rows, and
-    of weights w [N, K], both in its basis.
+    """What DynamicQuantizeMatMul makes of inputs x [T, K] / scales, uint8 with one scale and zero point for a chunk of
+    rows, and of weights w [N, K] * scales, both in its basis.
 
     `head`: so many channels each are rotated before, also where `form` says nothing of it. `by`: what GPTQ rounds the
     weights by.
     """
-    x, w, pieces = rotated_columns(x, head), rotated_columns(w, head), []
+    x, pieces = rotated_columns(x / scales, head), []
     sizes = _row_sizes(x, form)
     for rows in (x / sizes).split(PREFILL_CHUNK):
         low, high = rows.amin().clamp_max(0), rows.amax().clamp_min(0)
         step = ((high - low) / 255).clamp_min(1e-30)
         zero = (-low / step).round()
         pieces.append(((rows / step).round() + zero).clamp(0, 255).sub(zero) * step)
-    codes, steps = round_columns(w, by, form.bits) if by else quantize_columns(w, form.bits)
-    return torch.cat(pieces) * sizes, codes.float() * steps[:, None]
+    out = torch.empty_like(w)
+
+    def work(start: int, stop: int) -> None:
+        rows = rotated_columns(w[start:stop] * scales, head)
+        codes, steps = round_columns(rows, by, form.bits) if by else quantize_columns(rows, form.bits)
+        out[start:stop] = codes.float() * steps[:, None]
+
+    for_row_chunks(len(w), w.shape[1], work, GPTQ_ROWS if by else None)
+    return torch.cat(pieces) * sizes, out
 
 
 def _row_sizes(x: Tensor, form: Format) -> Tensor:

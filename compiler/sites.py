@@ -320,7 +320,7 @@ def price_head(
             continue
         if form.kernel == "w8a8":
             by = in_columns() if form.bits < 8 else None
-            read, weight = dynamic_values(x / scales, w * scales, form, block, by)
+            read, weight = dynamic_values(x, w, scales, form, block, by)
         else:
             seen, exact = [Observed(x, w, x, x)], [is_exact(checkpoint.tensors[name], form)]
             weight = rounded(seen, exact, form, in_blocks, arithmetic.floats)[0]

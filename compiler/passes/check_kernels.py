@@ -10,6 +10,7 @@ from dsopt.runtime.errors import DsoptError
 
 _HINTS = {
     "AveragePool": ", which formats with -min need; int4-zp does without",  # CUDA's goes through cuDNN
+    "DequantizeLinear": ", which an embedding in w8a8 needs; embed=int8 does without",
     "Gelu": " that was tried: gemma4 models run on the cpu alone so far",
 }
 _CACHES: dict[ir.DataType | None, str] = {ir.DataType.FLOAT8E4M3FN: "fp8", ir.DataType.INT8: "int8"}
