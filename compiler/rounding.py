@@ -61,7 +61,7 @@ def dynamic_values(
         codes, steps = round_columns(rows, by, form.bits) if by else quantize_columns(rows, form.bits)
         out[start:stop] = codes.float() * steps[:, None]
 
-    for_row_chunks(len(w), w.shape[1], work, GPTQ_ROWS if by else None)
+    for_row_chunks(len(w), w.shape[1], work, GPTQ_ROWS)  # a head's; the layers' are one chunk
     return torch.cat(pieces) * sizes, out
 
 

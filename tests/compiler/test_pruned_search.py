@@ -201,7 +201,9 @@ def test_both_stages_keep_the_budget_together(
     assert manifest.quality["kld_mean"] == pytest.approx(comparison.summary()["kld_mean"], rel=1e-3)
     taken = manifest.search["pruned"]
     (chosen,) = (r for r in manifest.search["rounds"] if r["chosen"])
-    assert 0 < taken < chosen["measured"] <= goal.loss
+    # Formats of 8 bits cost so little beside it that chance may make them a gain.
+    assert 0 < taken < 1.005 * chosen["measured"]
+    assert chosen["measured"] <= goal.loss
     assert chosen["measured"] == pytest.approx(manifest.quality["kld_mean"])
     assert chosen["loss"] > taken
     assert lines[0] == f"pruning took {taken:.4f} nats of the 3 nats allowed"
