@@ -14,6 +14,7 @@ from dsopt.compiler.chains import Body
 from dsopt.compiler.checkpoint import Checkpoint
 from dsopt.compiler.corpus import HELD
 from dsopt.compiler.goal import Goal, rows_of
+from dsopt.compiler.head_site import price_head
 from dsopt.compiler.judge import Judge
 from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.knapsack import FLOAT_CACHE, Assignment, Space
@@ -23,7 +24,7 @@ from dsopt.compiler.pruning.pruned import Pruned
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.sensitivity import sweep_back
 from dsopt.compiler.setting import HERE, Setting
-from dsopt.compiler.sites import Pricer, Site, price_head, worth_pricing
+from dsopt.compiler.sites import Pricer, Site, worth_pricing
 from dsopt.compiler.stream import BlockStream
 from dsopt.runtime.errors import DsoptError
 

@@ -19,13 +19,14 @@ from transformers import Gemma4ForCausalLM
 from dsopt.compiler import build, passes
 from dsopt.compiler.calibrate import SAMPLE, calibrate
 from dsopt.compiler.checkpoint import open_checkpoint
+from dsopt.compiler.head_site import price_head
 from dsopt.compiler.models import gemma4_text
 from dsopt.compiler.pruning.options import Pruning
 from dsopt.compiler.recipe import Format, Recipe
 from dsopt.compiler.reference import Reference
 from dsopt.compiler.roles import find_linears
 from dsopt.compiler.sensitivity import sweep_back
-from dsopt.compiler.sites import CPU, Choice, Pricer, price_head
+from dsopt.compiler.sites import CPU, Choice, Pricer
 from dsopt.compiler.stream import BlockStream
 from dsopt.runtime.artifact import Artifact, open_artifact
 from dsopt.runtime.errors import DsoptError
