@@ -153,7 +153,7 @@ def _is_worth_it(table: KernelTable, goal: Goal, depth: int) -> bool:
     """Whether a cache in int8 spares more of attention's time than two measurements differ by."""
     runs = rows_of(goal.workload, table.target).items()
     spared = _spared(table, goal, depth)
-    return spared > 0 and spared > _DIFFERING * depth * sum(count * table.other(rows) for rows, count in runs)
+    return spared > _DIFFERING * depth * sum(count * table.other(rows) for rows, count in runs)
 
 
 def _narrow_cache(stream: BlockStream, statistics: Statistics, judge: Judge, progress: Progress) -> NarrowCache:

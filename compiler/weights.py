@@ -73,3 +73,8 @@ def initializer(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
     )
     graph.register_initializer(value)
     return value
+
+
+def constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
+    """An initializer that is small and may be asked for again: all that ask by this name share it."""
+    return graph.initializers.get(name) or initializer(graph, ir.tensor(array, name=name))

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from dsopt.compiler.kernels import format_of
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.rotation import rotation, run_time_block
-from dsopt.compiler.weights import initializer
+from dsopt.compiler.weights import constant
 
 SMALLEST = 1e-20  # that a row is divided by, should it be zeros: of its largest value, of its mean square
 
@@ -89,9 +89,9 @@ def prepared_rows(graph: ir.Graph, x: ir.Value, form: Format, width: int) -> Pre
 
 def _divided(graph: ir.Graph, x: ir.Value) -> Prepared:
     absolute = ir.node("Abs", [x])
-    axes = _constant(graph, "rows.axes", np.array([-1], np.int64))
+    axes = constant(graph, "rows.axes", np.array([-1], np.int64))
     largest = ir.node("ReduceMax", [absolute.outputs[0], axes], {"keepdims": 1})
-    divisor = ir.node("Max", [largest.outputs[0], _constant(graph, "rows.smallest", np.array(SMALLEST, np.float32))])
+    divisor = ir.node("Max", [largest.outputs[0], constant(graph, "rows.smallest", np.array(SMALLEST, np.float32))])
     quotient = ir.node("Div", [x, divisor.outputs[0]])
     return Prepared([absolute, largest, divisor, quotient], "Mul", divisor.outputs[0])
 
@@ -101,10 +101,10 @@ def rotated_rows(graph: ir.Graph, x: ir.Value, width: int, *, back: bool = False
     block = run_time_block(width)
     matrix, name = (rotation(block).T, f"{_ROTATION}-back") if back else (rotation(block), _ROTATION)
     # In full: ONNX Runtime infers no size of a tensor of no rows, which the head reads of all of a prompt but its end.
-    blocks = _constant(graph, f"rows.blocks-{width}", np.array([0, 0, width // block, block], np.int64))
-    whole = _constant(graph, f"rows.whole-{width}", np.array([0, 0, width], np.int64))
+    blocks = constant(graph, f"rows.blocks-{width}", np.array([0, 0, width // block, block], np.int64))
+    whole = constant(graph, f"rows.whole-{width}", np.array([0, 0, width], np.int64))
     split = ir.node("Reshape", [x, blocks])
-    turned = ir.node("MatMul", [split.outputs[0], _constant(graph, f"{name}-{block}", np.ascontiguousarray(matrix))])
+    turned = ir.node("MatMul", [split.outputs[0], constant(graph, f"{name}-{block}", np.ascontiguousarray(matrix))])
     return [split, turned, ir.node("Reshape", [turned.outputs[0], whole])]
 
 
@@ -115,11 +115,7 @@ def is_rotation(node: ir.Node) -> bool:
 
 
 def _normed(graph: ir.Graph, before: list[ir.Node], width: int) -> Prepared:
-    ones = _constant(graph, f"rows.ones-{width}", np.ones(width, np.float32))
+    ones = constant(graph, f"rows.ones-{width}", np.ones(width, np.float32))
     attributes = {"axis": -1, "epsilon": SMALLEST}
     norm = ir.node("SimplifiedLayerNormalization", [before[-1].outputs[0], ones], attributes, num_outputs=2)
     return Prepared([*before, norm], "Div", norm.outputs[1])
-
-
-def _constant(graph: ir.Graph, name: str, array: np.ndarray) -> ir.Value:
-    return graph.initializers.get(name) or initializer(graph, ir.tensor(array, name=name))

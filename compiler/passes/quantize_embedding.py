@@ -12,7 +12,7 @@ from dsopt.compiler.kernels import MICROSOFT
 from dsopt.compiler.passes.prepare_rows import rotated_rows
 from dsopt.compiler.passes.quantize_linears import block_initializers, column_initializers
 from dsopt.compiler.recipe import Format, Recipe
-from dsopt.compiler.weights import initializer, lazy
+from dsopt.compiler.weights import constant, initializer, lazy
 
 
 class QuantizeEmbedding(ir.passes.InPlacePass):
@@ -50,8 +50,9 @@ def quantize_gather(graph: ir.Graph, gather: ir.Node, form: Format, name: str) -
 def _blocks(graph: ir.Graph, table: ir.Value, ids: ir.Value, form: Format) -> list[ir.Node]:
     assert table.shape is not None
     codes, scales, *zeros = block_initializers(graph, table, form)
-    rows = _constant(graph, f"{str(table.name).removesuffix('.weight')}.shape", [0, 0, int(table.shape[1])])  # type: ignore[arg-type]
-    scales3 = ir.node("Unsqueeze", [scales, _constant(graph, "constant.two", [2])])
+    width = int(table.shape[1])  # type: ignore[arg-type]
+    rows = constant(graph, f"{str(table.name).removesuffix('.weight')}.shape", np.array([0, 0, width]))
+    scales3 = ir.node("Unsqueeze", [scales, constant(graph, "constant.two", np.array([2]))])
     gathered = ir.node(
         "GatherBlockQuantized",
         [codes, ids, scales3.outputs[0], *(_unpacked(graph, zero, scales, form.bits) for zero in zeros)],
@@ -68,9 +69,11 @@ def _tokens(graph: ir.Graph, table: ir.Value, ids: ir.Value, form: Format) -> li
     assert table.shape is not None
     codes, scales, *zero = column_initializers(graph, table, form)
     rows = ir.node("Gather", [_by_token(graph, codes), ids])
-    values = ir.node("DequantizeLinear", [rows.outputs[0], _constant(graph, "constant.unit", np.float32(1)), *zero])
+    values = ir.node(
+        "DequantizeLinear", [rows.outputs[0], constant(graph, "constant.unit", np.array(1, np.float32)), *zero]
+    )
     steps = ir.node("Gather", [scales, ids])
-    steps3 = ir.node("Unsqueeze", [steps.outputs[0], _constant(graph, "constant.two", [2])])
+    steps3 = ir.node("Unsqueeze", [steps.outputs[0], constant(graph, "constant.two", np.array([2]))])
     scaled = ir.node("Mul", [values.outputs[0], steps3.outputs[0]])
     nodes = [rows, values, steps, steps3, scaled]
     if form.rotated:
@@ -94,11 +97,6 @@ def _by_token(graph: ir.Graph, codes: ir.Value) -> ir.Value:
         codes.replace_all_uses_with(turned.outputs[0])
         graph.insert_before(next(iter(graph)), turned)
     return made
-
-
-def _constant(graph: ir.Graph, name: str, value: list[int] | np.float32) -> ir.Value:
-    array = np.array(value, np.int64) if isinstance(value, list) else np.array(value)
-    return graph.initializers.get(name) or initializer(graph, ir.tensor(array, name=name))
 
 
 def _unpacked(graph: ir.Graph, zeros: ir.Value, scales: ir.Value, bits: int) -> ir.Value:
