@@ -3,6 +3,9 @@
 A sweep through the blocks, one in memory at a time. What it finds is kept in the cache, a file a layer, under a
 fingerprint of weights and text: a sweep that was cut short goes on where it stopped, one that was done is not done
 again.
+
+First tokens of a text are apart: later ones attend to them, whatever they say (attention sinks, arXiv:2309.17453), and
+what they look like inside is unlike all others. A text has one, so tokens are also run alone.
 """
 
 import hashlib
@@ -10,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +27,8 @@ from dsopt.runtime.files import cache_dir
 
 Progress = Callable[[int, int], None]  # layers done, layers in all
 
-_VERSION = 1  # of what is computed: another makes older files strangers
+_VERSION = 2  # of what is computed: another makes older files strangers
+FIRSTS = 256  # tokens run alone
 SAMPLE = 4  # windows, the first ones, whose hidden states stay: for what is measured on fewer tokens
 _BATCH = 4  # windows run through a block together: bounds the memory of its activations
 # Linear layers that read the same input: only the first's is kept.
@@ -32,16 +37,26 @@ _READS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Over all tokens, of one linear layer's input: float32 [K] each, and `gram` = E[x x^T], float32 [K, K]."""
+    """Over all tokens, of one linear layer's input: float32 [K] each, and `gram` = E[x x^T], float32 [K, K].
+
+    `first`: inputs of tokens that a text begins with, float32 [FIRSTS, K]; none of the head's.
+    """
 
     absmax: Tensor
     mean: Tensor
     gram: Tensor
+    first: Tensor
 
     @property
     def square(self) -> Tensor:
         """E[x^2], float32 [K]."""
         return self.gram.diagonal()
+
+    def weighted(self, sink: float) -> Tensor:
+        """`gram`, with first tokens on top that count `sink` times as much as all tokens together."""
+        if not sink or not len(self.first):
+            return self.gram
+        return self.gram.addmm(self.first.T, self.first, alpha=sink / len(self.first))
 
 
 @dataclass(frozen=True)
@@ -73,14 +88,17 @@ class Statistics:
         return self.windows[-self.held :], self._hidden(self.depth)[-self.held :]
 
     def _hidden(self, layer: int) -> Tensor:
+        return self._read(layer, "hidden")
+
+    def _read(self, layer: int, name: str) -> Tensor:
         with safe_open(_file(self.directory, layer), "pt") as file:
-            return file.get_tensor("hidden")
+            return file.get_tensor(name)
 
 
 @lru_cache(maxsize=4)
 def _input(directory: Path, layer: int, name: str) -> InputStatistics:
     with safe_open(_file(directory, layer), "pt") as file:
-        return InputStatistics(*(file.get_tensor(f"{name}.{part}") for part in ("absmax", "mean", "gram")))
+        return InputStatistics(*(file.get_tensor(f"{name}.{part}") for part in ("absmax", "mean", "gram", "first")))
 
 
 def fingerprint(source: str, windows: np.ndarray, held: int) -> str:
@@ -104,7 +122,8 @@ def calibrate(
     first = next((layer for layer in range(stream.depth) if not _is_complete(directory, layer)), stream.depth)
     with torch.inference_mode():
         if first == 0:
-            _keep(directory, 0, {"hidden": stream.embed(windows)})
+            firsts = _firsts(windows[: len(windows) - held], stream.checkpoint.config.get("bos_token_id"))
+            _keep(directory, 0, {"hidden": stream.embed(windows), "alone": stream.embed(firsts)})
         for layer in range(first, stream.depth):
             progress(layer, stream.depth)
             _sweep_block(stream, found, layer)
@@ -112,6 +131,15 @@ def calibrate(
             _sweep_head(stream, found)
     progress(stream.depth, stream.depth)
     return found
+
+
+def _firsts(windows: np.ndarray, begin: Any) -> np.ndarray:
+    """Tokens to run alone, int64 [FIRSTS, 1]: of the windows, and a quarter those that texts `begin` with, if any."""
+    tokens = windows.flatten()
+    drawn = tokens[np.linspace(0, len(tokens) - 1, FIRSTS).round().astype(int)]
+    if isinstance(begin, int):
+        drawn[::4] = begin
+    return drawn[:, None]
 
 
 def _sweep_block(stream: BlockStream, found: Statistics, layer: int) -> None:
@@ -125,9 +153,17 @@ def _sweep_block(stream: BlockStream, found: Statistics, layer: int) -> None:
     with observed(block, f"model.layers.{layer}.", sums.add):
         outputs = [block(part, *stream.state(layer, *part.shape[:2]))[0] for part in hidden[:known].split(_BATCH)]
     outputs += [block(part, *stream.state(layer, *part.shape[:2]))[0] for part in hidden[known:].split(_BATCH)]
-    _keep(found.directory, layer + 1, {"hidden": torch.cat(outputs)})
+    alone, firsts = found._read(layer, "alone"), dict[str, Tensor]()
+
+    def keep(module: str, x: Tensor, _output: Tensor) -> None:
+        if module.rpartition(".")[2] not in _READS:
+            firsts[f"{module}.first"] = x.flatten(0, -2)
+
+    with observed(block, f"model.layers.{layer}.", keep):
+        after = block(alone, *stream.state(layer, *alone.shape[:2]))[0]
+    _keep(found.directory, layer + 1, {"hidden": torch.cat(outputs), "alone": after})
     # A layer of which nothing is left has no statistics; `swept` says that they are not missing.
-    _keep(found.directory, layer, {"hidden": hidden[:SAMPLE], "swept": torch.ones(1), **sums.statistics()})
+    _keep(found.directory, layer, {"hidden": hidden[:SAMPLE], "swept": torch.ones(1), **sums.statistics(), **firsts})
 
 
 def _sweep_head(stream: BlockStream, found: Statistics) -> None:
@@ -136,14 +172,15 @@ def _sweep_head(stream: BlockStream, found: Statistics) -> None:
     for window in hidden[:known]:
         sums.add(HEAD, norm(window), window)
     kept = torch.cat([hidden[:SAMPLE], hidden[known:]])
-    _keep(found.directory, stream.depth, {"hidden": kept, **sums.statistics()})
+    none = {f"{HEAD}.first": kept.new_empty(0, kept.shape[-1])}
+    _keep(found.directory, stream.depth, {"hidden": kept, **sums.statistics(), **none})
 
 
 def _is_complete(directory: Path, layer: int) -> bool:
     if not _file(directory, layer).exists():
         return False
     with safe_open(_file(directory, layer), "pt") as file:
-        return len(file.keys()) > 1
+        return not {"hidden", "alone"}.issuperset(file.keys())
 
 
 class _Sums:

@@ -79,14 +79,13 @@ def _build(checkpoint: Checkpoint, found: Study, made: Assignment, out: Path, te
     scales = {
         site.name: site.scales[alpha] for site in found.sites if (alpha := made.choices[site.name].alpha) is not None
     }
-    evidence = found.statistics.input
     rotated = frozenset(name for name, choice in made.choices.items() if choice.rotated)
     plan = build.plan(
         checkpoint,
         recipe,
         found.pruned or NOTHING,
         target=found.setting.target,
-        evidence=evidence,
+        evidence=found.evidence(),
         smoothing=scales,
         rotated=rotated,
         reach=found.narrow.reach if found.narrow else None,

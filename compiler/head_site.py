@@ -14,7 +14,7 @@ from dsopt.compiler.quantizers import quantize_columns
 from dsopt.compiler.recipe import HEAD, Format
 from dsopt.compiler.rotation import rotated_columns, rotated_gram, run_time_block
 from dsopt.compiler.rounding import dynamic_values, nearest, rounded, values_of
-from dsopt.compiler.sensitivity import Observed
+from dsopt.compiler.sensitivity import Observed, divergence
 from dsopt.compiler.sites import Arithmetic, Choice, Site, fed_back_blocks, offered_formats
 from dsopt.compiler.smoothing import column_maxima, smoothed_gram, smoothing_scales
 from dsopt.compiler.stream import BlockStream
@@ -92,15 +92,18 @@ def _price_embedding(
     """`table` [vocab, width] is the rounded one where the head has it, in its kernel's basis and smoothed by `scales`
     [width] if that is w8a8; an embedding of its own is rounded by rows."""
     y = statistics.hidden(0).flatten(0, 1)
-    seen, block = Observed(y, y, y, gradient.flatten(0, 1)), run_time_block(y.shape[1]) if form.rotated else None
+    seen, block = (
+        Observed(y, y, y, gradient.flatten(0, 1), len(gradient)),
+        run_time_block(y.shape[1]) if form.rotated else None,
+    )
     if table is not None:
         embedding = BlockStream(checkpoint).blank(lambda model: model.model.embed_tokens)
         ids = torch.from_numpy(statistics.windows[: len(gradient)]).flatten()
         rows = functional_call(embedding, {"weight": table}, ids)
-        return seen.cost(rotated_columns(rows, block, back=True) / scales if form.kernel == "w8a8" else rows)
+        return divergence([seen], [rotated_columns(rows, block, back=True) / scales if form.kernel == "w8a8" else rows])
     if form.kernel == "w8a8":
         codes, steps = quantize_columns(rotated_columns(y, block), form.bits)
-        return seen.cost(rotated_columns(codes.float() * steps[:, None], block, back=True))
+        return divergence([seen], [rotated_columns(codes.float() * steps[:, None], block, back=True)])
     if is_exact(checkpoint.tensors["model.embed_tokens.weight"], form):
         return 0.0
-    return seen.cost(values_of(nearest(y, form), y.shape[1]))
+    return divergence([seen], [values_of(nearest(y, form), y.shape[1])])

@@ -18,7 +18,7 @@ from dsopt.compiler.quantizers import (
 )
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.rotation import rotated_columns
-from dsopt.compiler.sensitivity import Observed
+from dsopt.compiler.sensitivity import Observed, divergence
 from dsopt.runtime.session import PREFILL_CHUNK
 
 
@@ -35,7 +35,7 @@ def dynamic(
     """The price of DynamicQuantizeMatMul on x / scales, which all `linears` read; see `dynamic_values`."""
     x, w = dynamic_values(linears[0].x, torch.cat([linear.w for linear in linears]), scales, form, head, by)
     parts = w.split([len(linear.w) for linear in linears])
-    return sum(linear.cost(x @ part.T) for linear, part in zip(linears, parts, strict=True))
+    return divergence(linears, [x @ part.T for part in parts])
 
 
 def dynamic_values(

@@ -3,10 +3,13 @@
 For a small change d of the outputs y of a layer, KL(p || p') ~ 1/2 d^T F d, where F = E[g g^T] over tokens drawn
 from the model's *own* predictions, g = d log p(drawn) / d y. So one backward sweep, a block in memory at a time,
 prices every node, and a trial of a node costs one matrix product: 1/2 mean over tokens of (g . d)^2. Errors of
-different nodes are taken to be independent, their costs add up.
+different tokens and of different nodes are taken to be independent, their costs add up.
+
+The first token of a window is apart. All others attend to it (arXiv:2309.17453), so an error in its keys and values
+is felt by each of them: on SmolLM2 half of what q, k and v in `w7a8` cost. Windows give few samples of it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -21,19 +24,39 @@ Progress = Callable[[int, int], None]
 
 
 class Observed:
-    """One linear layer on the sweep's tokens: inputs x [T, K], weight w [N, K], outputs y and gradients g [T, N]."""
+    """One linear layer on the sweep's tokens, which are so many `windows` of equal length, one after the other: inputs
+    x [T, K], weight w [N, K], outputs y and gradients g [T, N]."""
 
-    def __init__(self, x: Tensor, w: Tensor, y: Tensor, g: Tensor) -> None:
-        self.x, self.w, self.y, self.g = x, w, y, g
+    def __init__(self, x: Tensor, w: Tensor, y: Tensor, g: Tensor, windows: int = 1) -> None:
+        self.x, self.w, self.y, self.g, self.windows = x, w, y, g, windows
 
-    def cost(self, outputs: Tensor) -> float:
-        """KL divergence in nats a token, if the layer gave `outputs` [T, N] instead of y.
 
-        A quadratic form has no bound, the divergence has: a token among the worst counts as the best of them. Without
-        that, the few tokens on which all others look decide everything, and one draw decides about them.
-        """
-        squares = (self.g * (outputs - self.y)).sum(1).square()
-        return 0.5 * float(squares.clamp_max(squares.quantile(1 - _WORST)).mean())
+def divergence(seen: Sequence[Observed], outputs: Sequence[Tensor]) -> float:
+    """KL divergence in nats a token, if linear layers that read one input gave `outputs` [T, N] instead of their y.
+
+    What rounds the input errs in all of them together, so what their errors do is summed before it is squared. First
+    tokens are much alike: each window's error is tried with each window's gradient, which makes more samples of them.
+    Of the others one among the worst counts as the best of these: a quadratic form has no bound, the divergence has.
+    """
+    windows = seen[0].windows
+    errors = [(out - one.y).unflatten(0, (windows, -1)) for one, out in zip(seen, outputs, strict=True)]
+    gradients = [one.g.unflatten(0, (windows, -1)) for one in seen]
+    felt = torch.stack([(g * d).sum(2) for g, d in zip(gradients, errors, strict=True)]).sum(0)
+    first = torch.stack([g[:, 0] @ d[:, 0].T for g, d in zip(gradients, errors, strict=True)]).sum(0)
+    squares = felt[:, 1:].square().flatten()
+    if len(squares):
+        squares = squares.clamp_max(squares.quantile(1 - _WORST))
+    return 0.5 * float(squares.sum() + windows * first.square().mean()) / felt.numel()
+
+
+def sink_weight(seen: Sequence[Observed]) -> float:
+    """What E[x x^T] over first tokens is worth beside that over all, for layers that read one input: how much more an
+    error of theirs is felt than another's, divided by the tokens of a window; 0 where it is not."""
+    felt = torch.stack([one.g.square().sum(1) for one in seen]).sum(0).unflatten(0, (seen[0].windows, -1))
+    if felt.shape[1] == 1:
+        return 0.0
+    more = float(felt[:, 0].mean() / felt[:, 1:].mean().clamp_min(torch.finfo(felt.dtype).tiny)) - 1
+    return max(more, 0.0) / felt.shape[1]
 
 
 def sweep_back(
@@ -72,7 +95,7 @@ def sweep_back(
 
 def _observed(x: Tensor, weight: Tensor, y: Tensor) -> Observed:
     assert y.grad is not None
-    return Observed(x.flatten(0, -2), weight, y.detach().flatten(0, -2), y.grad.flatten(0, -2))
+    return Observed(x.flatten(0, -2), weight, y.detach().flatten(0, -2), y.grad.flatten(0, -2), len(y))
 
 
 def _linears(block: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:

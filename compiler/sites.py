@@ -19,7 +19,7 @@ from dsopt.compiler.passes.quantize_linears import GPTQ_COLUMNS, is_exact
 from dsopt.compiler.recipe import Format
 from dsopt.compiler.rotation import rotated_gram, run_time_block
 from dsopt.compiler.rounding import dynamic, quantize_activations, rounded
-from dsopt.compiler.sensitivity import Observed
+from dsopt.compiler.sensitivity import Observed, divergence, sink_weight
 from dsopt.compiler.smoothing import column_maxima, repeat_channels, shared_channels, smoothed_gram, smoothing_scales
 from dsopt.compiler.targets import Target
 
@@ -34,6 +34,7 @@ WEIGHT_ONLY = tuple(
     for text in ("none", "fp8", "int8", "int8-b128", "int4", "int4-b64", "int4-b128", "int4-zp", "int4-zp-b128")
 )
 ALPHAS = (0.5, 0.65, 0.8)
+_FAR = 2.0  # times the least price
 _FEW_ALPHAS = (0.65,)  # where rows have scales of their own, or are rotated, channels need less
 _UNLIKE = ("o_proj", "down_proj")  # what reads rows that no norm has made alike
 _GROUPS = {"q_proj": ("q_proj", "k_proj", "v_proj"), "o_proj": ("o_proj",), "gate_proj": ("gate_proj", "up_proj"),
@@ -94,6 +95,7 @@ class Site:
     `copies` is 2 where another matrix of this size has the same format: a table beside a head that is not tied to it.
     `kept` of an o_proj: the site that makes its values, and the format in which those keep the codes of their file. A
     rotation would round them again, which no price of that site knows: the two choices exclude each other.
+    `sink`: by which GPTQ weighs the first tokens of texts, see `sensitivity.sink_weight`.
     """
 
     name: str
@@ -105,6 +107,7 @@ class Site:
     scales: dict[float, Tensor] = field(default_factory=dict)
     copies: int = 1
     kept: tuple[str, Format] | None = None
+    sink: float = 0.0
 
     def nbytes(self, form: Format, width: int = 4) -> int:
         """Of the site's weights, and of the embedding with the head's; `width` is that of a float of the graph."""
@@ -143,14 +146,16 @@ class Pricer:
         linears = [seen[module] for module in modules]
         k = linears[0].x.shape[1]
         site = Site(modules[0], tuple(modules), layer, sum(linear.w.shape[0] for linear in linears), k)
+        site.sink = sink_weight(linears)
         inputs = self.statistics.input(site.name)
+        weighted = inputs.weighted(site.sink)
         formats = offered_formats(k, self.arithmetic)
-        feedback = cache(lambda: error_feedback(inputs.gram, *fed_back_blocks(formats)))
+        feedback = cache(lambda: error_feedback(weighted, *fed_back_blocks(formats)))
         heads = self._heads(layer, seen)
 
         @cache
         def in_basis(alpha: float | None, head: int | None) -> Feedback:
-            gram = smoothed_gram(inputs.gram, _channel_scales(site, alpha, heads))
+            gram = smoothed_gram(weighted, _channel_scales(site, alpha, heads))
             return error_feedback(rotated_gram(gram, head), GPTQ_COLUMNS)
 
         for form in formats:
@@ -164,8 +169,7 @@ class Pricer:
                 exact = [self._is_exact(module, form) for module in modules]
                 weights = rounded(linears, exact, form, feedback, self.arithmetic.floats)
                 x = self.arithmetic.inputs(linears[0].x, form)
-                price = sum(seen.cost(x @ w.T) for seen, w in zip(linears, weights, strict=True))
-                site.prices[Choice(form)] = price
+                site.prices[Choice(form)] = divergence(linears, [x @ w.T for w in weights])
         return site
 
     def _kept_values(self, made: list[Site]) -> tuple[str, Format] | None:
@@ -223,16 +227,22 @@ class Pricer:
         heads: tuple[int, int] | None,
         feedback: Callable[[float | None, int | None], Feedback],
     ) -> None:
-        """With fewer bits than 8 weights are rounded by GPTQ, which takes time: in the way that was best with 8.
+        """With fewer bits than 8 weights are rounded by GPTQ, which takes time: in the way that is best without it.
 
         `feedback` is for inputs smoothed by an alpha and rotated in heads of a size.
         """
-        known = {choice: price for choice, price in site.prices.items() if choice.format == replace(form, bits=8)}
-        best = replace(min(known, key=known.__getitem__), format=form) if known else Choice(form)
+
+        def price(choice: Choice, *, fed_back: bool) -> float:
+            head = run_time_block(site.k) if form.rotated else site.k // heads[0] if heads and choice.rotated else None
+            scales = _channel_scales(site, choice.alpha, heads)
+            return dynamic(linears, scales, form, head, feedback(choice.alpha, head) if fed_back else None)
+
+        # What is best with 8 bits leaves too much to coarser weights, but what is far worse there is not best here.
+        known = {choice: found for choice, found in site.prices.items() if choice.format == replace(form, bits=8)}
+        likely = [replace(c, format=form) for c, found in known.items() if found <= _FAR * min(known.values())]
+        best = min(likely, key=lambda choice: price(choice, fed_back=False)) if len(likely) > 1 else likely[0]
         for rotated in {best.rotated, False}:  # values that keep the codes of a file are not rotated
-            head = site.k // heads[0] if heads and rotated else run_time_block(site.k) if form.rotated else None
-            scales, by = _channel_scales(site, best.alpha, heads), feedback(best.alpha, head)
-            site.prices[replace(best, rotated=rotated)] = dynamic(linears, scales, form, head, by)
+            site.prices[replace(best, rotated=rotated)] = price(replace(best, rotated=rotated), fed_back=True)
 
 
 def _suits(form: Format, first: str, heads: tuple[int, int] | None) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from dsopt.compiler.judge import Judge
 from dsopt.compiler.kernel_table import KernelTable
 from dsopt.compiler.knapsack import FLOAT_CACHE, Assignment, Space
 from dsopt.compiler.models import kinds_of
+from dsopt.compiler.passes.quantize_linears import Evidence
 from dsopt.compiler.profile import measure
 from dsopt.compiler.pruning.pruned import Pruned
 from dsopt.compiler.recipe import Format
@@ -64,6 +66,16 @@ class Study:
     def space(self, goal: Goal) -> Space:
         """What can be chosen, by what it takes of the goal's workload."""
         return Space.of(self.sites, self.table, goal.workload, self._caches(goal))
+
+    def evidence(self) -> Evidence:
+        """What GPTQ rounds the weights of each module by."""
+        site_of = {module: site for site in self.sites for module in site.modules}
+
+        @lru_cache(maxsize=4)
+        def gram(name: str, sink: float) -> torch.Tensor:
+            return self.statistics.input(name).weighted(sink)
+
+        return lambda module: gram(site_of[module].name, site_of[module].sink)
 
     def _caches(self, goal: Goal) -> Sequence[Assignment]:
         if self.narrow is None:

@@ -10,7 +10,6 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from dsopt.compiler.calibrate import InputStatistics
 from dsopt.compiler.checkpoint import Tensor
 from dsopt.compiler.fp8 import Fp8Tensor
 from dsopt.compiler.gguf import GgufTensor
@@ -38,8 +37,8 @@ GPTQ_ROWS = 4096  # rounded together: so many hide the loop over channels; threa
 
 MakeFeedback = Callable[[], Feedback]
 Basis = tuple[bytes | int, ...]
-Evidence = Callable[[str], InputStatistics]
-"""What is known of a module's input, by module name."""
+Evidence = Callable[[str], torch.Tensor]
+"""By module name, the Gram matrix [K, K] of its input: one object for modules that read the same."""
 
 
 class QuantizeLinears(ir.passes.InPlacePass):
@@ -95,7 +94,7 @@ class QuantizeLinears(ir.passes.InPlacePass):
         if self.evidence is None:
             return None
         evidence, name = self.evidence, module_name(linear)
-        return lambda: self._feedbacks.of(evidence(name).gram, weight.tensor, block)
+        return lambda: self._feedbacks.of(evidence(name), weight.tensor, block)
 
 
 class _Feedbacks:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from dsopt.compiler import calibrate as calibrating
-from dsopt.compiler.calibrate import SAMPLE, Statistics, calibrate, fingerprint
+from dsopt.compiler.calibrate import FIRSTS, SAMPLE, InputStatistics, Statistics, calibrate, fingerprint
 from dsopt.compiler.checkpoint import open_checkpoint
+from dsopt.compiler.gptq import error_feedback, round_columns
 from dsopt.compiler.reference import Reference
-from dsopt.compiler.sensitivity import Observed, sweep_back
+from dsopt.compiler.sensitivity import Observed, divergence, sink_weight, sweep_back
 from dsopt.compiler.stream import BlockStream, observed
 from dsopt.runtime.errors import DsoptError
 
@@ -62,6 +63,24 @@ def test_statistics_are_those_of_the_whole_model(stream: BlockStream) -> None:
         np.testing.assert_allclose(known.square, (x * x).mean(0), rtol=1e-3)
 
 
+@pytest.mark.parametrize("begin", [7, None])
+def test_first_tokens_are_run_alone(begin: int | None, tiny_llama_dir: Callable[..., Path]) -> None:
+    stream = open_stream(tiny_llama_dir, bos_token_id=begin)
+    found = calibrate(stream, WINDOWS, HELD)
+    ids = WINDOWS[:-HELD].flatten()
+    ids = ids[np.linspace(0, len(ids) - 1, FIRSTS).round().astype(int)]
+    if begin is not None:
+        ids[::4] = begin
+    seen, _ = inputs_of(stream, ids[:, None])
+    for module in MODULES:
+        np.testing.assert_allclose(found.input(module).first, seen[module], rtol=1e-3, atol=1e-5)
+    known = found.input(MODULES[0])
+    expected = known.gram + 0.5 * seen[MODULES[0]].T @ seen[MODULES[0]] / FIRSTS
+    np.testing.assert_allclose(known.weighted(0.5), expected, rtol=1e-3, atol=1e-5)
+    assert known.weighted(0.0) is known.gram
+    assert found.input("lm_head").weighted(0.5) is found.input("lm_head").gram  # a head's rows are no one's sink
+
+
 def test_windows_held_out_are_run_and_not_counted(stream: BlockStream) -> None:
     found = calibrate(stream, WINDOWS, HELD)
     ids, hidden = found.held_out()
@@ -84,7 +103,7 @@ class Killed(Exception):
 
 
 def everything(found: Statistics) -> dict[str, Tensor]:
-    made = {f"{m}.{part}": getattr(found.input(m), part) for m in MODULES for part in ("absmax", "mean", "gram")}
+    made = {f"{m}.{part}": getattr(found.input(m), part) for m in MODULES for part in ("absmax", "mean", "gram", "first")}
     return made | {f"hidden.{layer}": found.hidden(layer) for layer in range(found.depth + 1)}
 
 
@@ -171,7 +190,7 @@ def test_the_price_of_an_error_is_the_divergence_that_it_makes(
     assert order == [1, 0]
     assert set(seen) == set(MODULES)
     linear = seen[module]
-    assert linear.cost(linear.y) == 0
+    assert divergence([linear], [linear.y]) == 0
     np.testing.assert_allclose(linear.x @ linear.w.T, linear.y, atol=1e-4)
 
     model = Reference(stream.checkpoint).model
@@ -187,7 +206,65 @@ def test_the_price_of_an_error_is_the_divergence_that_it_makes(
             setattr(model.get_submodule(parent), leaf, Nudged(original, off.reshape(SAMPLE, 64, -1)))
             log_q = model(ids)[0].log_softmax(-1)
             actual.append(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()))
-            expected.append(linear.cost(linear.y + off))
+            expected.append(divergence([linear], [linear.y + off]))
     ratio = np.mean(expected) / np.mean(actual)
     assert 0.6 < ratio < 1.5
-    assert linear.cost(linear.y + 2 * off) == pytest.approx(4 * expected[-1], rel=1e-3)
+    assert divergence([linear], [linear.y + 2 * off]) == pytest.approx(4 * expected[-1], rel=1e-3)
+
+
+def made_up(windows: int, tokens: int, width: int = 5, first: float = 1.0) -> tuple[Observed, Tensor]:
+    """A layer with outputs of 0 whose first tokens are felt `first` times as much as others, and errors."""
+    generator = torch.Generator().manual_seed(windows)
+    g, d = (torch.randn(windows, tokens, width, generator=generator) for _ in range(2))
+    g[:, 0] *= first
+    nothing = torch.zeros(windows * tokens, width)
+    return Observed(nothing, torch.eye(width), nothing, g.flatten(0, 1), windows), d.flatten(0, 1)
+
+
+def test_an_error_that_all_tokens_look_at_is_not_cut_off() -> None:
+    """One token in a window is among the worst hundredth, but what it costs is real."""
+    windows, tokens = 4, 400
+    one, d = made_up(windows, tokens, first=100)
+    g, d3 = (x.unflatten(0, (windows, tokens)) for x in (one.g, d))
+    pairs = np.mean([float(g[i, 0] @ d3[j, 0]) ** 2 for i in range(windows) for j in range(windows)])
+    rest = (g[:, 1:] * d3[:, 1:]).sum(2).square().flatten()
+    rest = rest.clamp_max(rest.quantile(0.99))
+    expected = (windows * pairs + float(rest.sum())) / 2 / (windows * tokens)
+    assert divergence([one], [d]) == pytest.approx(expected, rel=1e-4)
+    assert expected > 5 * float(rest.mean()) / 2
+    alone, off = made_up(3, 1)  # windows of a token
+    assert divergence([alone], [off]) == pytest.approx(float((alone.g @ off.T).square().mean()) / 2, rel=1e-4)
+
+
+def test_errors_of_layers_that_read_one_input_may_cancel() -> None:
+    one, d = made_up(2, 50)
+    assert divergence([one, one], [d, -d]) == pytest.approx(0, abs=1e-9)
+    assert divergence([one, one], [d, d]) == pytest.approx(4 * divergence([one], [d]), rel=1e-4)
+
+
+def test_what_first_tokens_are_worth() -> None:
+    even, _ = made_up(64, 50)
+    assert sink_weight([even]) < 0.5 / 50
+    felt, _ = made_up(64, 50, first=20)
+    assert sink_weight([felt]) == pytest.approx(399 / 50, rel=0.3)
+    assert sink_weight([felt, even]) == pytest.approx(199 / 50, rel=0.3)
+    deaf, _ = made_up(64, 50, first=0)
+    assert sink_weight([deaf]) == 0
+    assert sink_weight([made_up(64, 1)[0]]) == 0
+
+
+def test_rounding_heeds_first_tokens() -> None:
+    """Where they are felt, their outputs err less, and those of the others not much more."""
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(64, 64, generator=generator), torch.randn(2000, 64, generator=generator)
+    first = 3 * torch.randn(64, generator=generator) + 0.1 * torch.randn(FIRSTS, 64, generator=generator)
+    known = InputStatistics(x.abs().amax(0), x.mean(0), x.T @ x / len(x), first)
+
+    def errors(sink: float) -> tuple[float, float]:
+        codes, steps = round_columns(w, error_feedback(known.weighted(sink), 32), 4)
+        off = codes.float() * steps[:, None] - w
+        return float((first @ off.T).square().mean()), float((x @ off.T).square().mean())
+
+    (felt, others), (unfelt, least) = errors(1.0), errors(0.0)
+    assert felt < 0.1 * unfelt
+    assert others < 1.2 * least
