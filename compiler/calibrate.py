@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -122,7 +121,7 @@ def calibrate(
     first = next((layer for layer in range(stream.depth) if not _is_complete(directory, layer)), stream.depth)
     with torch.inference_mode():
         if first == 0:
-            firsts = _firsts(windows[: len(windows) - held], stream.checkpoint.config.get("bos_token_id"))
+            firsts = _firsts(windows[: len(windows) - held], stream)
             _keep(directory, 0, {"hidden": stream.embed(windows), "alone": stream.embed(firsts)})
         for layer in range(first, stream.depth):
             progress(layer, stream.depth)
@@ -133,11 +132,12 @@ def calibrate(
     return found
 
 
-def _firsts(windows: np.ndarray, begin: Any) -> np.ndarray:
-    """Tokens to run alone, int64 [FIRSTS, 1]: of the windows, and a quarter those that texts `begin` with, if any."""
+def _firsts(windows: np.ndarray, stream: BlockStream) -> np.ndarray:
+    """Tokens to run alone, int64 [FIRSTS, 1]: of the windows, and for a quarter the one that texts begin with."""
     tokens = windows.flatten()
     drawn = tokens[np.linspace(0, len(tokens) - 1, FIRSTS).round().astype(int)]
-    if isinstance(begin, int):
+    begin = stream.checkpoint.config.get("bos_token_id")
+    if isinstance(begin, int) and 0 <= begin < stream.checkpoint.tensors["model.embed_tokens.weight"].shape[0]:
         drawn[::4] = begin
     return drawn[:, None]
 
