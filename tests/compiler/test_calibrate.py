@@ -103,7 +103,8 @@ class Killed(Exception):
 
 
 def everything(found: Statistics) -> dict[str, Tensor]:
-    made = {f"{m}.{part}": getattr(found.input(m), part) for m in MODULES for part in ("absmax", "mean", "gram", "first")}
+    parts = ("absmax", "mean", "gram", "first")
+    made = {f"{m}.{part}": getattr(found.input(m), part) for m in MODULES for part in parts}
     return made | {f"hidden.{layer}": found.hidden(layer) for layer in range(found.depth + 1)}
 
 
