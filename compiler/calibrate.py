@@ -112,7 +112,7 @@ def calibrate(
     """Sweep the model over windows of ids int64 [windows, tokens], each from an empty context; the last `held` are
     run, but kept out of the statistics.
 
-    On disk: for each layer the Gram matrices of its inputs and a few hidden states, in float32.
+    On disk: for each layer the Gram matrices of its inputs, those of first tokens and a few hidden states, in float32.
     """
     assert len(windows) >= SAMPLE + held
     directory = cache_dir() / "statistics" / fingerprint(stream.checkpoint.fingerprint, windows, held)

@@ -240,7 +240,9 @@ class Pricer:
         # What is best with 8 bits leaves too much to coarser weights, but what is far worse there is not best here.
         known = {choice: found for choice, found in site.prices.items() if choice.format == replace(form, bits=8)}
         likely = [replace(c, format=form) for c, found in known.items() if found <= _FAR * min(known.values())]
-        best = min(likely, key=lambda choice: price(choice, fed_back=False)) if len(likely) > 1 else likely[0]
+        best = replace(min(known, key=known.__getitem__), format=form) if known else Choice(form)
+        if len(likely) > 1:
+            best = min(likely, key=lambda choice: price(choice, fed_back=False))
         for rotated in {best.rotated, False}:  # values that keep the codes of a file are not rotated
             site.prices[replace(best, rotated=rotated)] = price(replace(best, rotated=rotated), fed_back=True)
 
