@@ -62,7 +62,7 @@ def test_saved_turns_with_a_drafter_are_those_without(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if rich:  # whether a drafter begins is not to depend on how busy the machine is: so much is staked on reading
-        ample = DraftCurve((1, 4, 16), (5e-5, 1e-4, 3e-4), (32, 128), (3e-3, 6e-3))
+        ample = DraftCurve((1, 4, 16), (5e-5, 1e-4, 3e-4), (32, 128), (1e-3, 2e-3))
         monkeypatch.setattr(draft_costs, "measure_draft_curve", lambda drafter, model: ample)
     artifact = compile_pair(name).artifact
     (folder,) = artifact.glob("draft-*")
