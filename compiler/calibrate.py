@@ -26,12 +26,11 @@ from dsopt.runtime.files import cache_dir
 
 Progress = Callable[[int, int], None]  # layers done, layers in all
 
-_VERSION = 2  # of what is computed: another makes older files strangers
+_VERSION = 3  # of what is computed: another makes older files strangers
 FIRSTS = 256  # tokens run alone
-SAMPLE = 4  # windows, the first ones, whose hidden states stay: for what is measured on fewer tokens
+SAMPLE = 4  # windows, the first ones, on which errors are priced
 _BATCH = 4  # windows run through a block together: bounds the memory of its activations
-# Linear layers that read the same input: only the first's is kept.
-_READS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+_READS = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}  # the same input: the first's is kept
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class InputStatistics:
 
     def weighted(self, sink: float) -> Tensor:
         """`gram`, with first tokens on top that count `sink` times as much as all tokens together."""
-        if not sink or not len(self.first):
+        if not sink:
             return self.gram
         return self.gram.addmm(self.first.T, self.first, alpha=sink / len(self.first))
 
@@ -62,7 +61,8 @@ class InputStatistics:
 class Statistics:
     """What a sweep left behind. `windows` int64 [windows, tokens] are the text it was done on.
 
-    The last `held` of them are in no statistic: what is made by these statistics is judged on those.
+    The first SAMPLE and the last `held` of them are in no statistic: what is made by these statistics is priced on
+    those, and judged on these. What weights are rounded by fits the tokens that it is of better than any others.
     """
 
     directory: Path
@@ -109,19 +109,19 @@ def fingerprint(source: str, windows: np.ndarray, held: int) -> str:
 def calibrate(
     stream: BlockStream, windows: np.ndarray, held: int, progress: Progress = lambda done, total: None
 ) -> Statistics:
-    """Sweep the model over windows of ids int64 [windows, tokens], each from an empty context; the last `held` are
-    run, but kept out of the statistics.
+    """Sweep the model over windows of ids int64 [windows, tokens], each from an empty context; the first SAMPLE and the
+    last `held` are run, but kept out of the statistics.
 
     On disk: for each layer the Gram matrices of its inputs, those of first tokens and a few hidden states, in float32.
     """
-    assert len(windows) >= SAMPLE + held
+    assert len(windows) > SAMPLE + held > SAMPLE
     directory = cache_dir() / "statistics" / fingerprint(stream.checkpoint.fingerprint, windows, held)
     directory.mkdir(parents=True, exist_ok=True)
     found = Statistics(directory, windows, held, stream.depth)
     first = next((layer for layer in range(stream.depth) if not _is_complete(directory, layer)), stream.depth)
     with torch.inference_mode():
         if first == 0:
-            firsts = _firsts(windows[: len(windows) - held], stream)
+            firsts = _firsts(windows[SAMPLE:-held], stream)
             _keep(directory, 0, {"hidden": stream.embed(windows), "alone": stream.embed(firsts)})
         for layer in range(first, stream.depth):
             progress(layer, stream.depth)
@@ -147,31 +147,40 @@ def _sweep_block(stream: BlockStream, found: Statistics, layer: int) -> None:
 
     Killed between the two, a resumption finds the next layer begun and this one without statistics: it looks for that.
     """
-    hidden, block = found._hidden(layer), stream.block(layer)
-    known = len(hidden) - found.held
-    sums = _Sums()
-    with observed(block, f"model.layers.{layer}.", sums.add):
-        outputs = [block(part, *stream.state(layer, *part.shape[:2]))[0] for part in hidden[:known].split(_BATCH)]
-    outputs += [block(part, *stream.state(layer, *part.shape[:2]))[0] for part in hidden[known:].split(_BATCH)]
-    alone, firsts = found._read(layer, "alone"), dict[str, Tensor]()
+    hidden, block, sums, firsts = found._hidden(layer), stream.block(layer), _Sums(), dict[str, Tensor]()
+
+    def run(windows: Tensor, together: int = _BATCH) -> Tensor:
+        parts = windows.split(together)
+        return torch.cat([block(part, *stream.state(layer, *part.shape[:2]))[0] for part in parts])
+
+    def add(module: str, x: Tensor, _output: Tensor) -> None:
+        if _is_kept(module):
+            sums.add(module, x)
 
     def keep(module: str, x: Tensor, _output: Tensor) -> None:
-        if module.rpartition(".")[2] not in _READS:
+        if _is_kept(module):
             firsts[f"{module}.first"] = x.flatten(0, -2)
 
+    known = slice(SAMPLE, len(hidden) - found.held)
+    with observed(block, f"model.layers.{layer}.", add):
+        counted = run(hidden[known])
     with observed(block, f"model.layers.{layer}.", keep):
-        after = block(alone, *stream.state(layer, *alone.shape[:2]))[0]
-    _keep(found.directory, layer + 1, {"hidden": torch.cat(outputs), "alone": after})
+        alone = run(found._read(layer, "alone"), FIRSTS)
+    outputs = torch.cat([run(hidden[: known.start]), counted, run(hidden[known.stop :])])
+    _keep(found.directory, layer + 1, {"hidden": outputs, "alone": alone})
     # A layer of which nothing is left has no statistics; `swept` says that they are not missing.
     _keep(found.directory, layer, {"hidden": hidden[:SAMPLE], "swept": torch.ones(1), **sums.statistics(), **firsts})
 
 
+def _is_kept(module: str) -> bool:
+    return module.rpartition(".")[2] not in _READS
+
+
 def _sweep_head(stream: BlockStream, found: Statistics) -> None:
     hidden, sums, norm = found._hidden(found.depth), _Sums(), stream.norm()
-    known = len(hidden) - found.held
-    for window in hidden[:known]:
-        sums.add(HEAD, norm(window), window)
-    kept = torch.cat([hidden[:SAMPLE], hidden[known:]])
+    for window in hidden[SAMPLE : -found.held]:
+        sums.add(HEAD, norm(window))
+    kept = torch.cat([hidden[:SAMPLE], hidden[-found.held :]])
     none = {f"{HEAD}.first": kept.new_empty(0, kept.shape[-1])}
     _keep(found.directory, stream.depth, {"hidden": kept, **sums.statistics(), **none})
 
@@ -192,9 +201,7 @@ class _Sums:
         self._absmax: dict[str, Tensor] = {}
         self._tokens: dict[str, int] = {}
 
-    def add(self, module: str, x: Tensor, _output: Tensor) -> None:
-        if module.rpartition(".")[2] in _READS:
-            return
+    def add(self, module: str, x: Tensor) -> None:
         x = x.flatten(0, -2)
         if module not in self._gram:
             width = x.shape[1]

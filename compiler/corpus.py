@@ -16,8 +16,8 @@ from dsopt.runtime.tokenizer import Tokenizer
 Progress = Callable[[int, int], None]
 
 TOKENS = 256  # of a window
-WINDOWS = 40  # at most, of which
-HELD = 8  # are kept for judging
+HELD = 8  # windows, kept for judging
+WINDOWS = 32 + SAMPLE + HELD  # at most
 _VERSION = 2
 
 
@@ -30,7 +30,7 @@ def read_windows(path: Path, checkpoint: Checkpoint) -> np.ndarray:
     ids = tokenizer.encode(read_text(path), special=False)
     size = min(TOKENS, int(checkpoint.config["max_position_embeddings"]))
     count = len(ids) // size
-    least = SAMPLE + HELD
+    least = 2 * SAMPLE + HELD
     if count < least:
         raise DsoptError(f"{path}: has {len(ids)} tokens; --calib needs {least * size}, and uses {WINDOWS * size}")
     cut = np.asarray(ids[: count * size], np.int64).reshape(count, size)

@@ -27,7 +27,7 @@ PAST = 256  # cached positions behind which attention is timed
 _TRAFFIC = 64 << 20  # bytes of weights a run reads at least: more than a cache holds,
 _DEVICE_TRAFFIC = 256 << 20  # a card's of 50 MB too
 _FEW_ROWS = 32  # from here on arithmetic hides the reading, and a short chain tells as much
-_VERSION = 3  # of what is timed: cells of another are measured again
+_VERSION = 4  # of what is timed: cells of another are measured again
 _SHORT, _LONGEST, _BODIES = 2, 400, 8  # copies then, at most, and of blocks
 _DEVICE_SHORT = 8  # a card takes microseconds where the call around it takes tens of them
 _MOST = {"cpu": 1 << 33, "cuda": 1 << 37}  # multiplications of a cell; larger ones are left to extrapolation
@@ -53,9 +53,10 @@ def measure(
     """The table of these (N, K) shapes; only what the cache has not is measured, in about `budget` seconds.
 
     Each time is the least of several rounds in which the formats of a shape take turns: what else runs on the machine
-    slows all of them. `formats` are those of FORMATS that the target has unless said, here or for each shape; `dtype`
-    (of activations and scales) is the target's first; `body` asks for the times of what stands between the linear
-    layers too, with each of `caches`: float, int8.
+    slows all of them, by a tenth more or less from one minute to the next. So where one format is not known yet, all of
+    the shape are measured again. `formats` are those of FORMATS that the target has unless said, here or for each
+    shape; `dtype` (of activations and scales) is the target's first; `body` asks for the times of what stands between
+    the linear layers too, with each of `caches`: float, int8.
     """
     chosen = find_target(target)
     floats = chosen.check_dtype(dtype)
@@ -70,7 +71,7 @@ def measure(
         for form in dict.fromkeys(map(canonical, offered))
         if n * k * m <= _MOST[target]
     ]
-    groups = _by_shape(cell for cell in wanted if cell not in store.cells)
+    groups = [cells for cells in _by_shape(wanted) if not store.has(cells)]
 
     def make(cell: Cell) -> Chain:
         n, k, form, few = cell
@@ -85,14 +86,14 @@ def measure(
     if body is not None:
         kinds = {f"{body.name}@{PAST}{'-int8' * (cache == 'int8')}": cache for cache in caches}
         asked = [(0, 0, kind, m) for kind in kinds for m in rows]
-        missing = [cell for cell in asked if cell not in store.cells]
-        store.add(
-            _least(missing, lambda cell: body_chain(body, PAST, _BODIES, chosen, floats, kinds[cell[2]]), budget / 10)
-        )
+        if not store.has(asked):
+            store.add(
+                _least(asked, lambda cell: body_chain(body, PAST, _BODIES, chosen, floats, kinds[cell[2]]), budget / 10)
+            )
         for cell in asked:
-            bodies[kinds[cell[2]]][cell[3]] = store.cells[cell]
+            bodies[kinds[cell[2]]][cell[3]] = store.seconds(cell)
     forget_pools()
-    return KernelTable(store.machine, {cell: store.cells[cell] for cell in wanted}, bodies["float"], bodies["int8"])
+    return KernelTable(store.machine, {cell: store.seconds(cell) for cell in wanted}, bodies["float"], bodies["int8"])
 
 
 def _by_shape(cells: Iterable[Cell]) -> list[list[Cell]]:
@@ -137,23 +138,35 @@ def _machine(target: str, dtype: str, threads: int) -> dict[str, Any]:
 
 
 class _Store:
-    """The cells known of one machine, in a file of the user's cache."""
+    """The cells known of one machine, in a file of the user's cache, and in which run each was timed."""
 
     def __init__(self, machine: Mapping[str, Any]) -> None:
         self.machine = machine
         digest = sha256(json.dumps([_VERSION, machine], sort_keys=True).encode()).hexdigest()
         self._path = cache_dir() / "kernels" / f"{digest[:16]}.json"
-        self.cells = self._read()
+        self._known = self._read()
 
-    def _read(self) -> dict[Cell, float]:
+    def seconds(self, cell: Cell) -> float:
+        return self._known[cell][0]
+
+    def has(self, cells: Iterable[Cell]) -> bool:
+        """Whether all are known, and were timed in turn."""
+        runs = {self._known[cell][1] if cell in self._known else None for cell in cells}
+        return None not in runs and len(runs) <= 1
+
+    def _read(self) -> dict[Cell, tuple[float, int]]:
         try:
             data = json.loads(self._path.read_bytes())
-            return {(int(n), int(k), str(form), int(m)): float(t) for n, k, form, m, t in data["cells"]}
+            return {
+                (int(n), int(k), str(form), int(m)): (float(seconds), int(run))
+                for n, k, form, m, seconds, run in data["cells"]
+            }
         except (OSError, ValueError, KeyError, TypeError):
             return {}  # nothing measured yet, or a damaged file: measure
 
     def add(self, cells: Mapping[Cell, float]) -> None:
-        """Take them up and write the file; what another process wrote meanwhile stays."""
-        self.cells = {**self._read(), **self.cells, **cells}
-        data = {"machine": self.machine, "cells": [[*cell, seconds] for cell, seconds in sorted(self.cells.items())]}
+        """Take up what one run timed and write the file; what another process wrote meanwhile stays."""
+        run = time.time_ns()
+        self._known = {**self._read(), **self._known, **{cell: (seconds, run) for cell, seconds in cells.items()}}
+        data = {"machine": self.machine, "cells": [[*cell, *known] for cell, known in sorted(self._known.items())]}
         write_atomically(self._path, json.dumps(data).encode())

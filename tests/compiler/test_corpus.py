@@ -44,7 +44,7 @@ def test_json_lines(short: Checkpoint, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("a.txt", b"too short", "has 9 tokens; --calib needs 384, and uses 1280"),
+        ("a.txt", b"too short", "has 9 tokens; --calib needs 512, and uses 1408"),
         ("a.txt", b"\xff" * 9, "is not UTF-8"),
         ("a.txt", None, "could not be read"),
         ("a.jsonl", b'{"text": "x"}\n{"answer": 4}', "line 2"),
