@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from hashlib import sha256
 from typing import Any
 
+import numpy as np
 import onnxruntime as ort
 
 from dsopt.compiler.chains import Body, Chain, body_chain, forget_pools, linear_chain
@@ -31,7 +32,7 @@ _VERSION = 4  # of what is timed: cells of another are measured again
 _SHORT, _LONGEST, _BODIES = 2, 400, 8  # copies then, at most, and of blocks
 _DEVICE_SHORT = 8  # a card takes microseconds where the call around it takes tens of them
 _MOST = {"cpu": 1 << 33, "cuda": 1 << 37}  # multiplications of a cell; larger ones are left to extrapolation
-_ROUNDS = 3, 10  # at least, at most; the first is slower, it warms up
+_ROUNDS = 9, 20  # at least, at most; the first does not count, it warms up. What takes long is to make the chains
 
 Progress = Callable[[int, int], None]  # cells measured, cells in all
 Shape = tuple[int, int]  # N, K
@@ -52,9 +53,9 @@ def measure(
 ) -> KernelTable:
     """The table of these (N, K) shapes; only what the cache has not is measured, in about `budget` seconds.
 
-    Each time is the least of several rounds in which the formats of a shape take turns: what else runs on the machine
-    slows all of them, by a tenth more or less from one minute to the next. So where one format is not known yet, all of
-    the shape are measured again. `formats` are those of FORMATS that the target has unless said, here or for each
+    Each time is of several rounds in which the formats of a shape take turns: what else runs on the machine slows all
+    of them, by a tenth more or less from one minute to the next. So where one format is not known yet, all of the shape
+    are measured again. `formats` are those of FORMATS that the target has unless said, here or for each
     shape; `dtype` (of activations and scales) is the target's first; `body` asks for the times of what stands between
     the linear layers too, with each of `caches`: float, int8.
     """
@@ -80,7 +81,7 @@ def measure(
     deadline, total = time.perf_counter() + budget, sum(map(len, groups))
     for number, cells in enumerate(groups):
         share = (deadline - time.perf_counter()) / (len(groups) - number)
-        store.add(_least(cells, make, share))
+        store.add(_in_turn(cells, make, share))
         progress(sum(map(len, groups[: number + 1])), total)
     bodies: dict[str, dict[int, float]] = {"float": {}, "int8": {}}
     if body is not None:
@@ -88,7 +89,9 @@ def measure(
         asked = [(0, 0, kind, m) for kind in kinds for m in rows]
         if not store.has(asked):
             store.add(
-                _least(asked, lambda cell: body_chain(body, PAST, _BODIES, chosen, floats, kinds[cell[2]]), budget / 10)
+                _in_turn(
+                    asked, lambda cell: body_chain(body, PAST, _BODIES, chosen, floats, kinds[cell[2]]), budget / 10
+                )
             )
         for cell in asked:
             bodies[kinds[cell[2]]][cell[3]] = store.seconds(cell)
@@ -110,20 +113,32 @@ def _copies(form: str, n: int, k: int, rows: int, device: str) -> int:
     return min(-(-(_TRAFFIC if device == "cpu" else _DEVICE_TRAFFIC) // nbytes), _LONGEST)
 
 
-def _least(cells: Sequence[Cell], make: Callable[[Cell], Chain], seconds: float) -> dict[Cell, float]:
-    """The least time of each cell in rounds over all of them, until `seconds` are over."""
+def _in_turn(cells: Sequence[Cell], make: Callable[[Cell], Chain], seconds: float) -> dict[Cell, float]:
+    """The times of cells by rounds over all of them, until `seconds` are over."""
     chains: dict[tuple[str, bool], Chain] = {}
-    best: dict[Cell, float] = {}
+    rounds: list[dict[Cell, float]] = []
     end = time.perf_counter() + seconds
-    for count in range(_ROUNDS[1]):
-        if count >= _ROUNDS[0] and time.perf_counter() > end:
-            break
+    while len(rounds) < _ROUNDS[0] or (len(rounds) < _ROUNDS[1] and time.perf_counter() < end):
+        rounds.append({})
         for cell in sorted(cells, key=lambda cell: cell[3]):  # the formats of a number of rows side by side
             key = cell[2], cell[3] >= _FEW_ROWS
             if key not in chains:
                 chains[key] = make(cell)
-            best[cell] = min(best.get(cell, float("inf")), chains[key].seconds(cell[3]))
-    return best
+            rounds[-1][cell] = chains[key].seconds(cell[3])
+    return settled(rounds[1:])
+
+
+def settled(rounds: Sequence[Mapping[Cell, float]]) -> dict[Cell, float]:
+    """What rounds over the same cells come to. A slow round is slow for all formats of a number of rows, so each is the
+    median of what it took beside the others of its round, at the pace of the fastest round: the least time of a format
+    may be of a moment that the others never had."""
+    found: dict[Cell, float] = {}
+    for rows in {cell[3] for cell in rounds[0]}:
+        formats = [cell for cell in rounds[0] if cell[3] == rows]
+        times = np.array([[taken[cell] for cell in formats] for taken in rounds])
+        paces = np.median(times, 1, keepdims=True)
+        found.update(zip(formats, (np.median(times / paces, 0) * paces.min()).tolist(), strict=True))
+    return found
 
 
 def _machine(target: str, dtype: str, threads: int) -> dict[str, Any]:

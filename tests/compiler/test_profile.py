@@ -59,6 +59,19 @@ def test_every_format_is_timed_and_kept(few_bytes: None, monkeypatch: pytest.Mon
     assert set(built) == {"int4", "w8a8"}  # both known, of two runs
 
 
+def test_what_slows_a_round_slows_no_format_of_it() -> None:
+    bases = {"none": 9.0, "int4": 2.0, "int4-zp": 2.5, "int8": 3.0, "w8a8": 5.0}
+    times = {(64, 96, form, rows): base * rows for form, base in bases.items() for rows in (1, 4)}
+    noise = [1.5, 1.1, 1.3, 2.0, 1.2]
+    rounds = [{cell: seconds * slow for cell, seconds in times.items()} for slow in noise]
+    for cell, seconds in profile.settled(rounds).items():
+        assert seconds == pytest.approx(1.1 * times[cell])
+    rounds[0][64, 96, "w8a8", 4] /= 3  # a moment that the others did not have
+    assert profile.settled(rounds)[64, 96, "w8a8", 4] == pytest.approx(1.1 * 20.0)
+    alone = [{(64, 96, "int4", 1): seconds} for seconds in (3.0, 2.0, 4.0)]
+    assert profile.settled(alone) == {(64, 96, "int4", 1): 2.0}
+
+
 def test_tables_of_other_settings_are_not_mixed(few_bytes: None) -> None:
     profile.measure([(32, 32)], (1,), ("none",), budget=0.1)
     (path,) = (cache_dir() / "kernels").iterdir()
