@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from dsopt.compiler.self_text import Calibrate
     from dsopt.runtime.artifact import Artifact
 
-DEFAULT_LOSS = "0.012"
+DEFAULT_LOSS = "0.01"
 SELF = "self"  # as a drafter: a pruned copy of the model
 
 

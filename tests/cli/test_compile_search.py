@@ -138,7 +138,7 @@ def test_the_plan_of_a_search(
     code, stdout, _ = call(monkeypatch, capsys, source, "--target", "cpu", "--calib", str(text), "--plan")
     assert code == 0
     plan = json.loads(stdout)
-    assert plan["goal"]["loss"] == 0.012
+    assert plan["goal"]["loss"] == 0.01
     assert len(plan["pareto"]) > 1
 
 
@@ -147,7 +147,7 @@ def test_a_search_over_a_pruned_model(
 ) -> None:
     out = tmp_path / "new" / "out"
     words = [source, "--target", "cpu", "--calib", str(text), "--prune", "blocks=1", "-o", str(out)]
-    code, stdout, stderr = call(monkeypatch, capsys, *words, "--max-quality-loss", "0.012")  # the default, but said
+    code, stdout, stderr = call(monkeypatch, capsys, *words, "--max-quality-loss", "0.01")  # the default, but said
     assert (code, stdout, stderr.count("\n")) == (1, "", 1)
     assert "--prune alone loses" in stderr
     assert list(tmp_path.glob("new/*")) == []
@@ -216,7 +216,7 @@ def test_texts_that_do_not_do(
 ) -> None:
     short, out = tmp_path / "short", tmp_path / "out"
     short.write_text("Not much to say.")
-    for path, says in ((short, "needs 384"), (tmp_path / "gone", "could not be read")):
+    for path, says in ((short, "needs 512"), (tmp_path / "gone", "could not be read")):
         code, stdout, stderr = call(
             monkeypatch, capsys, source, "--target", "cpu", "--calib", str(path), "-o", str(out)
         )
