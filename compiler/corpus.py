@@ -34,9 +34,9 @@ def read_windows(path: Path, checkpoint: Checkpoint) -> np.ndarray:
     if count < least:
         raise DsoptError(f"{path}: has {len(ids)} tokens; --calib needs {least * size}, and uses {WINDOWS * size}")
     cut = np.asarray(ids[: count * size], np.int64).reshape(count, size)
-    if count <= WINDOWS:
-        return cut
-    return cut[np.linspace(0, count - 1, WINDOWS).round().astype(int)]
+    taken = np.linspace(0, count - 1, min(count, WINDOWS)).round().astype(int)
+    # Mixed: a file may be in order of kinds, and the first are priced on, the last judged on.
+    return cut[np.random.default_rng(0).permutation(taken)]
 
 
 def read_text(path: Path) -> str:

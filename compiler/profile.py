@@ -1,7 +1,7 @@
 """The kernel table of this machine: how long one linear layer takes, by shape, weight format and number of rows.
 
 Measured, not modelled: which kernel is fastest depends on the processor, the library and the number of rows in ways
-that no table of peak rates tells. It takes seconds, once; what was measured is kept in the user's cache.
+that no table of peak rates tells. It takes seconds, and what was measured is kept in the user's cache.
 """
 
 import json
@@ -32,7 +32,7 @@ _VERSION = 4  # of what is timed: cells of another are measured again
 _SHORT, _LONGEST, _BODIES = 2, 400, 8  # copies then, at most, and of blocks
 _DEVICE_SHORT = 8  # a card takes microseconds where the call around it takes tens of them
 _MOST = {"cpu": 1 << 33, "cuda": 1 << 37}  # multiplications of a cell; larger ones are left to extrapolation
-_ROUNDS = 9, 20  # at least, at most; the first does not count, it warms up. What takes long is to make the chains
+_ROUNDS = 3, 19  # at least, at most; and before them one that warms up
 
 Progress = Callable[[int, int], None]  # cells measured, cells in all
 Shape = tuple[int, int]  # N, K
@@ -51,7 +51,8 @@ def measure(
     budget: float = 20.0,
     progress: Progress = lambda done, total: None,
 ) -> KernelTable:
-    """The table of these (N, K) shapes; only what the cache has not is measured, in about `budget` seconds.
+    """The table of these (N, K) shapes; what the cache has not is measured, in about `budget` seconds and as many as it
+    takes to make the graphs.
 
     Each time is of several rounds in which the formats of a shape take turns: what else runs on the machine slows all
     of them, by a tenth more or less from one minute to the next. So where one format is not known yet, all of the shape
@@ -116,16 +117,21 @@ def _copies(form: str, n: int, k: int, rows: int, device: str) -> int:
 def _in_turn(cells: Sequence[Cell], make: Callable[[Cell], Chain], seconds: float) -> dict[Cell, float]:
     """The times of cells by rounds over all of them, until `seconds` are over."""
     chains: dict[tuple[str, bool], Chain] = {}
+    in_order = sorted(cells, key=lambda cell: cell[3])  # the formats of a number of rows side by side
+
+    def run(cell: Cell) -> float:
+        key = cell[2], cell[3] >= _FEW_ROWS
+        if key not in chains:
+            chains[key] = make(cell)
+        return chains[key].seconds(cell[3])
+
+    for cell in in_order:
+        run(cell)
     rounds: list[dict[Cell, float]] = []
     end = time.perf_counter() + seconds
     while len(rounds) < _ROUNDS[0] or (len(rounds) < _ROUNDS[1] and time.perf_counter() < end):
-        rounds.append({})
-        for cell in sorted(cells, key=lambda cell: cell[3]):  # the formats of a number of rows side by side
-            key = cell[2], cell[3] >= _FEW_ROWS
-            if key not in chains:
-                chains[key] = make(cell)
-            rounds[-1][cell] = chains[key].seconds(cell[3])
-    return settled(rounds[1:])
+        rounds.append({cell: run(cell) for cell in in_order})
+    return settled(rounds)
 
 
 def settled(rounds: Sequence[Mapping[Cell, float]]) -> dict[Cell, float]:
@@ -182,6 +188,8 @@ class _Store:
     def add(self, cells: Mapping[Cell, float]) -> None:
         """Take up what one run timed and write the file; what another process wrote meanwhile stays."""
         run = time.time_ns()
-        self._known = {**self._read(), **self._known, **{cell: (seconds, run) for cell, seconds in cells.items()}}
-        data = {"machine": self.machine, "cells": [[*cell, *known] for cell, known in sorted(self._known.items())]}
+        made = {cell: (seconds, run) for cell, seconds in cells.items()}
+        self._known.update(made)
+        known = {**self._known, **self._read(), **made}
+        data = {"machine": self.machine, "cells": [[*cell, *times] for cell, times in sorted(known.items())]}
         write_atomically(self._path, json.dumps(data).encode())

@@ -93,7 +93,7 @@ def test_windows_that_are_priced_or_judged_on_are_run_and_not_counted(stream: Bl
     assert again.directory != found.directory
     for module in ("model.layers.1.mlp.down_proj", "lm_head"):
         np.testing.assert_allclose(again.input(module).gram, found.input(module).gram, rtol=1e-5)
-    # With none held of the same windows the statistics are others: the test above can fail.
+    # With one held of the same windows the statistics are others: the test above can fail.
     assert not torch.allclose(calibrate(stream, other, 1).input("lm_head").gram, found.input("lm_head").gram, rtol=1e-4)
 
 

@@ -1,14 +1,16 @@
 """The text that a model is calibrated on: windows of a file."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from dsopt.compiler.calibrate import SAMPLE
 from dsopt.compiler.checkpoint import Checkpoint, open_checkpoint
-from dsopt.compiler.corpus import TOKENS, WINDOWS, read_windows
+from dsopt.compiler.corpus import HELD, TOKENS, WINDOWS, read_windows
 from dsopt.runtime.errors import DsoptError
 
 
@@ -25,6 +27,10 @@ def test_windows_are_from_all_over_a_text(short: Checkpoint, tmp_path: Path) -> 
     assert windows.shape == (WINDOWS, min(TOKENS, 32))
     alphabet = {index: character for character, index in tokens(short).items()}
     starts = ["".join(alphabet[i] for i in window) for window in windows]
+    for kept in (starts[:SAMPLE], starts[SAMPLE:-HELD], starts[-HELD:]):  # what is priced on, calibrated by, judged on
+        places = [int(re.findall(r"\d{6}", start)[0]) for start in kept]
+        assert max(places) - min(places) > 500
+    starts.sort()
     assert starts[0].startswith("000000")
     assert "00099" in starts[-1]
     assert len(set(starts)) == WINDOWS

@@ -158,7 +158,7 @@ def test_a_search_prices_what_the_model_is(tiny_llama_dir: Callable[..., Path]) 
     """The head with its cap, the table with its scale; what reads normed values is offered no smoothing."""
     checkpoint = open_checkpoint(str(tiny_llama_dir(**GEMMA)))
     stream = BlockStream(checkpoint)
-    windows = np.random.default_rng(1).integers(0, 320, (SAMPLE + 1, 24))
+    windows = np.random.default_rng(1).integers(0, 320, (SAMPLE + 2, 24))
     statistics = calibrate(stream, windows, 1)
     last = torch.from_numpy(Reference(checkpoint)(windows[0], 24))
     with torch.no_grad():
