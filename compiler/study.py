@@ -108,8 +108,8 @@ def study(
     *,
     allow_miss: bool = False,
 ) -> Study:
-    """Statistics, prices and times. `windows` int64 [windows, tokens]: of the first SAMPLE are prices, the last HELD are
-    kept for judging.
+    """Statistics, prices and times. `windows` int64 [windows, tokens]: the first SAMPLE are priced on, the last HELD
+    are kept for judging.
 
     What is `pruned` is studied as it is left, and judged against what it was. Raises DsoptError where that alone loses
     more than the goal allows, unless `allow_miss`.

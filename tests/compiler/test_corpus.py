@@ -30,9 +30,8 @@ def test_windows_are_from_all_over_a_text(short: Checkpoint, tmp_path: Path) -> 
     for kept in (starts[:SAMPLE], starts[SAMPLE:-HELD], starts[-HELD:]):  # what is priced on, calibrated by, judged on
         places = [int(re.findall(r"\d{6}", start)[0]) for start in kept]
         assert max(places) - min(places) > 500
-    starts.sort()
-    assert starts[0].startswith("000000")
-    assert "00099" in starts[-1]
+    assert any(start.startswith("000000") for start in starts)
+    assert any("00099" in start for start in starts)
     assert len(set(starts)) == WINDOWS
 
 
