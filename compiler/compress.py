@@ -51,6 +51,8 @@ def compress(
         if found.pruned:
             report(f"pruning took {goal.said(taken)} of the {goal.budget} allowed")
         best, rounds = search(found.space(goal), found.left(goal), try_out)
+        if best and best.measured + taken > goal.loss * (1 + 1e-9):
+            best = None  # pruning alone lost more than is allowed: no luck of a build makes up for that
         if best is None and not allow_miss:
             nearest = min(rounds, key=lambda r: r.measured)
             raise DsoptError(

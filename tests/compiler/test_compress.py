@@ -29,7 +29,7 @@ from dsopt.runtime.errors import DsoptError
 from dsopt.runtime.quality import Comparison, session_scorer
 from dsopt.runtime.session import Session
 
-TEXT = np.random.default_rng(0).integers(0, 256, (16, 32))
+TEXT = np.random.default_rng(0).integers(0, 256, (20, 32))
 
 
 @pytest.fixture
