@@ -23,13 +23,12 @@ class Stdout:
         self._file: Any = sys.stdout
         if hasattr(self._file, "reconfigure"):
             self._file.reconfigure(encoding="utf-8", newline="\n")
-        self.is_terminal = bool(self._file.isatty())
 
-    def write(self, text: str, *, flush: bool = False) -> None:
+    def write(self, text: str) -> None:
+        """At once, in a pipe too: whoever reads sees tokens as they come, and a reader that is gone ends it."""
         try:
             self._file.write(text)
-            if flush:
-                self._file.flush()
+            self._file.flush()
         except OSError as error:
             # What is still buffered would fail again when the interpreter ends; let it vanish.
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._file.fileno())
@@ -45,7 +44,7 @@ class Writer(Protocol):
 
 
 class TextWriter:
-    """The answer, and a newline if it does not end in one. Every piece is seen at once on a terminal."""
+    """The answer, and a newline if it does not end in one. Every piece is seen at once."""
 
     def __init__(self, out: Stdout) -> None:
         self._out, self._last = out, "\n"
@@ -53,10 +52,10 @@ class TextWriter:
     def piece(self, piece: "Piece") -> None:
         if piece.text:
             self._last = piece.text[-1]
-            self._out.write(piece.text, flush=self._out.is_terminal)
+            self._out.write(piece.text)
 
     def done(self, record: Mapping[str, Any]) -> None:
-        self._out.write("" if self._last == "\n" else "\n", flush=True)
+        self._out.write("" if self._last == "\n" else "\n")
 
 
 class JsonlWriter:
@@ -72,7 +71,7 @@ class JsonlWriter:
         self._line({"event": "done", **record})
 
     def _line(self, value: Mapping[str, Any]) -> None:
-        self._out.write(_dump(value), flush=True)
+        self._out.write(_dump(value))
 
 
 class JsonWriter:
@@ -90,7 +89,7 @@ class JsonWriter:
 
     def done(self, record: Mapping[str, Any]) -> None:
         tokens = {"tokens": self._tokens} if self._tokens else {}
-        self._out.write(_dump({"text": "".join(self._texts), **record, **tokens}), flush=True)
+        self._out.write(_dump({"text": "".join(self._texts), **record, **tokens}))
 
 
 def describe(piece: "Piece", tokenizer: "Tokenizer") -> dict[str, Any]:

@@ -72,10 +72,10 @@ class Study:
         site_of = {module: site for site in self.sites for module in site.modules}
 
         @lru_cache(maxsize=4)
-        def gram(name: str, sink: float) -> torch.Tensor:
-            return self.statistics.input(name).weighted(sink)
+        def gram(first: str) -> torch.Tensor:
+            return self.statistics.input(first).weighted(site_of[first].sink)
 
-        return lambda module: gram(site_of[module].name, site_of[module].sink)
+        return lambda module: gram(site_of[module].name)
 
     def _caches(self, goal: Goal) -> Sequence[Assignment]:
         if self.narrow is None:
